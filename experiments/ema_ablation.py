@@ -1,0 +1,473 @@
+"""Does an exponential moving average of the weights lower held-out loss, and which decay does it best?
+
+Serves the section «EMA» of THEORY.md (seeds 000, 001 and 003).
+
+Design. All arms of a trial (raw weights, each decay, ``compute_optimal_decay``) lie on one training trajectory, so a
+trial costs one training and its arms share initial weights, data order and dropout masks. Factors: learning-rate
+schedule × seed; the schedule is a factor because an average of weights and a decay of the learning rate may do the
+same work. Two tracks: ``main`` fine-tunes a pretrained model; ``length`` trains at several run lengths (a tiny model
+where only a CPU is at hand) to ask whether the best decay grows with the length of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from experiments.harness.claims import (
+    ArgBestShift,
+    Claim,
+    ExactRatio,
+    Region,
+    Regret,
+    RelativeReduction,
+    SpreadReduction,
+)
+from experiments.harness.experiment import Experiment, TrialContext, UserError
+from experiments.harness.record import (
+    EVAL_LOSS,
+    PERPLEXITY,
+    ExampleOutcome,
+    ManipulationCheck,
+    Measurements,
+    Metric,
+    Observation,
+    TrialSpec,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from experiments.harness.evaluation import HeldOutLoss
+    from experiments.harness.training import TrainingOutcome
+    from forge.ema import EMACallback, EMAModel
+
+Schedule = Literal["constant", "cosine"]
+
+EMA_BYTES = Metric("ema_extra_bytes", "bytes", "minimize")
+PARAMETER_BYTES = Metric("averaged_param_bytes", "bytes", "none")
+
+
+@dataclass(frozen=True)
+class Track:
+    """One kind of training run."""
+
+    model: str = "smollm2-135m"
+    """Embedded model (smollm2-135m, tiny-random), local folder, or hub id."""
+    dataset: str = "moby_dick"
+    """Embedded corpus (moby_dick, state_of_the_union, movie_sentiment), local file, or hub id."""
+    method: Literal["full", "lora", "qlora"] = "full"
+    """What is trained; under lora and qlora the EMA averages the adapters."""
+    random_init: bool = False
+    """Build the model from its config alone, with random weights."""
+    steps: tuple[int, ...] = (200,)
+    """Run lengths in optimizer steps."""
+    batch_size: int = 4
+    """Blocks per optimizer step."""
+    sequence_length: int = 128
+    """Tokens per block."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 is autocast over fp32 weights."""
+    decays: tuple[float, ...] = (0.99, 0.999, 0.9999)
+    """EMA decays, followed beside compute_optimal_decay(steps)."""
+    late_evaluations: int = 6
+    """Evaluations on the validation split, evenly spread over the second half of the run."""
+    validation_blocks: int = 16
+    """Blocks of each late evaluation."""
+    test_blocks: int = 96
+    """Blocks of the final evaluation."""
+
+    def __post_init__(self) -> None:
+        for decay in self.decays:
+            if not 0 < decay < 1:
+                raise UserError(f"decay must be in (0, 1), got {decay}")
+        if len(set(self.decays)) < len(self.decays):
+            raise UserError(f"decays must differ, got {' '.join(map(str, self.decays))}")
+        for name in ("batch_size", "sequence_length", "validation_blocks", "test_blocks", "late_evaluations"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.steps or min(self.steps) < 2 or len(set(self.steps)) < len(self.steps):
+            raise UserError(f"steps must be different numbers of at least 2, got {self.steps}")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of one campaign; a scale is a set of defaults."""
+
+    seeds: int
+    """Number of seeds (0, 1, …), the unit of replication; at least 5 give useful intervals."""
+    main: Annotated[Track, arg(name="")]
+    """The fine-tuning run."""
+    length: Track | None = None
+    """Runs of several lengths for the claim that the best decay grows with the length."""
+    schedules: tuple[Schedule, ...] = ("constant", "cosine")
+    """Learning-rate schedules, each after the warm-up."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise UserError(f"seeds must be at least 1, got {self.seeds}")
+        if not self.schedules or len(set(self.schedules)) < len(self.schedules):
+            raise UserError(f"schedules must be different ones, got {self.schedules}")
+
+
+_TINY_LENGTH = Track(
+    model="tiny-random",
+    random_init=True,
+    steps=(1_000, 10_000),
+    batch_size=4,
+    sequence_length=64,
+    learning_rate=1e-3,
+    precision="fp32",
+    decays=(0.9, 0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999),
+    validation_blocks=64,
+    test_blocks=256,
+)
+
+SCALES = {
+    "smoke": Settings(
+        seeds=2,
+        main=Track(
+            model="tiny-random", random_init=True, steps=(12,), batch_size=2, sequence_length=32,
+            learning_rate=1e-3, precision="fp32", validation_blocks=4, test_blocks=8,
+        ),
+        length=dataclasses.replace(_TINY_LENGTH, steps=(4, 8), validation_blocks=4, test_blocks=8),
+    ),
+    "laptop": Settings(seeds=3, main=Track(steps=(40,), validation_blocks=8, test_blocks=32)),
+    "cpu": Settings(seeds=5, main=Track(steps=(200,)), length=_TINY_LENGTH),
+    "gpu": Settings(
+        seeds=3,
+        main=Track(steps=(10_000,), validation_blocks=64, test_blocks=230),
+        length=Track(
+            steps=(1_000, 10_000), decays=(0.9, 0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999), validation_blocks=64, test_blocks=230
+        ),
+    ),
+    "paper": Settings(
+        seeds=5,
+        main=Track(
+            model="mistralai/Mistral-7B-v0.1", method="qlora", steps=(10_000,), sequence_length=1_024,
+            learning_rate=2e-4, validation_blocks=64, test_blocks=512,
+        ),
+        length=_TINY_LENGTH,
+    ),
+}  # fmt: skip
+
+COST = {
+    "smoke": "under 1 min on 2 cores, no download",
+    "laptop": "about 12 min on 2 cores",
+    "cpu": "about 1.5 h on 2 cores with --workers 2",
+    "gpu": "planned for 30 min on one 80 GB GPU with --workers 3; not yet measured",
+    "paper": "days on one 80 GB GPU; not yet measured",
+}
+
+
+def trials(settings: Settings, scale: str) -> list[TrialSpec]:
+    """Track × run length × schedule × seed; seed by seed, so that an early stop leaves whole pairs."""
+    shared = dataclasses.asdict(settings)
+    del shared["seeds"], shared["schedules"]
+    tracks = {"main": settings.main, "length": settings.length}
+    return [
+        TrialSpec(
+            experiment=EXPERIMENT.name,
+            version=EXPERIMENT.version,
+            scale=scale,
+            seed=seed,
+            factors={"track": name, "schedule": schedule, "steps": steps},
+            settings={**shared, "model": settings.main.model, "dataset": settings.main.dataset},
+        )
+        for seed in range(settings.seeds)
+        for name, track in tracks.items()
+        if track is not None
+        for steps in track.steps
+        for schedule in settings.schedules
+    ]
+
+
+def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
+    """Train once with all averages along the trajectory; evaluate every arm on the test split."""
+    from transformers import set_seed
+
+    from experiments.harness.data import load_corpus, pack
+    from experiments.harness.evaluation import held_out_loss
+    from experiments.harness.models import load_causal_lm, load_tokenizer, weights_sha256
+    from experiments.harness.training import TrainingPlan, autocast, train
+    from forge.ema import EMACallback, compute_optimal_decay
+
+    began = time.monotonic()
+    track = Track(**{k: tuple(v) if isinstance(v, list) else v for k, v in _track_settings(spec).items()})
+    steps, schedule = int(spec.factors["steps"]), str(spec.factors["schedule"])  # type: ignore[arg-type]
+    corpus, tokenizer = load_corpus(track.dataset), load_tokenizer(track.model)
+    blocks = {name: pack(corpus.split(name), tokenizer, track.sequence_length) for name in ("train", "validation", "test")}
+    test = blocks["test"].spread(track.test_blocks)
+
+    set_seed(spec.seed)
+    model = load_causal_lm(track.model, method=track.method, random_init=track.random_init)
+    digests = {"model": weights_sha256(model), "data": corpus.fingerprint}
+    precision = autocast(track.precision)
+
+    arms = {f"ema_{decay:g}": decay for decay in track.decays} | {"ema_optimal": compute_optimal_decay(steps)}
+    ema = EMACallback(decay=tuple(dict.fromkeys(arms.values())))
+    evaluated = time.monotonic()
+    losses: dict[str, HeldOutLoss] = {"initial": held_out_loss(model, test, track.batch_size, precision)}
+    evaluation_sec = time.monotonic() - evaluated
+    plan = TrainingPlan(
+        steps=steps,
+        batch_size=track.batch_size,
+        learning_rate=track.learning_rate,
+        schedule=schedule,
+        warmup_ratio=track.warmup_ratio,
+        weight_decay=track.weight_decay,
+        precision=track.precision,
+        seed=spec.seed,
+        evaluate_at=_late_steps(steps, track.late_evaluations),
+        checkpoint_every=steps // 4 if steps >= 1_000 else None,
+    )
+    outcome = train(model, blocks["train"], blocks["validation"].spread(track.validation_blocks), plan, context, [ema])
+
+    context.report(steps, steps, phase="test evaluation")
+    evaluated = time.monotonic()
+    losses["raw"] = held_out_loss(model, test, track.batch_size, precision)
+    for arm, decay in arms.items():
+        with ema.use_ema(decay):
+            losses[arm] = held_out_loss(model, test, track.batch_size, precision)
+    evaluation_sec += outcome.evaluation_sec + time.monotonic() - evaluated
+
+    measurements = Measurements(
+        checks=_checks(spec, track, model, ema.ema, outcome, losses),
+        tokens=steps * track.batch_size * track.sequence_length,
+        memory_bytes=_memory_by_component(model, outcome, ema),
+        digests=digests,
+    )
+    _observe(measurements, spec, arms, losses, outcome, model)
+    overhead = time.monotonic() - began - outcome.training_sec - evaluation_sec
+    measurements.seconds = {
+        "training": outcome.training_sec,
+        "evaluation": evaluation_sec,
+        "overhead": max(0.0, overhead),
+    }
+    return measurements
+
+
+def _track_settings(spec: TrialSpec) -> dict[str, Any]:
+    settings: dict[str, Any] = spec.settings[str(spec.factors["track"])]
+    return settings
+
+
+def _late_steps(steps: int, count: int) -> tuple[int, ...]:
+    """``count`` steps evenly spread over the second half of the run, the last step among them."""
+    half = steps / 2
+    return tuple(sorted({max(1, round(half + half * (i + 1) / count)) for i in range(count)}))
+
+
+def _observe(
+    into: Measurements,
+    spec: TrialSpec,
+    arms: dict[str, float],
+    losses: dict[str, HeldOutLoss],
+    outcome: TrainingOutcome,
+    model: nn.Module,
+) -> None:
+    from forge.ema import decay_label
+
+    steps = int(spec.factors["steps"])  # type: ignore[arg-type]
+    conditions = {arm: _arm_conditions(arm, arms.get(arm), steps) for arm in losses}
+    for arm, held_out in losses.items():
+        if not math.isfinite(held_out.loss):
+            into.diverged = f"the test loss of arm {arm} is {held_out.loss}"
+            continue
+        step = 0 if arm == "initial" else steps
+        into.observations.append(Observation.of(EVAL_LOSS, held_out.loss, step, split="test", **conditions[arm]))
+        perplexity = math.exp(min(held_out.loss, 700.0))
+        into.observations.append(Observation.of(PERPLEXITY, perplexity, step, split="test", **conditions[arm]))
+        for document, nll, tokens in zip(held_out.document_ids, held_out.nll, held_out.tokens, strict=True):
+            into.examples.append(
+                ExampleOutcome(example=document, arm=arm, metric=EVAL_LOSS.name, value=nll / tokens, tokens=tokens)
+            )
+    keys = {"raw": "eval_loss"} | {arm: f"eval_ema_{decay_label(decay)}_loss" for arm, decay in arms.items()}
+    for row in outcome.evaluations:
+        for arm, key in keys.items():
+            if key in row and math.isfinite(row[key]):
+                into.observations.append(
+                    Observation.of(EVAL_LOSS, row[key], int(row["step"]), split="validation", **conditions[arm])
+                )
+    averaged, extra = _measured_ema_bytes(model)
+    into.observations.append(Observation.of(PARAMETER_BYTES, averaged, steps))
+    into.observations.append(Observation.of(EMA_BYTES, extra, steps))
+
+
+def _arm_conditions(arm: str, decay: float | None, steps: int) -> dict[str, str | float]:
+    """Decay, averaging horizon 1/(1−β) and share of the initial weights β^T; raw weights have a horizon of one step."""
+    from forge.ema import averaging_horizon, initial_weight_share
+
+    if arm == "raw":
+        return {"arm": arm, "horizon_steps": 1.0}
+    if decay is None:
+        return {"arm": arm}
+    return {
+        "arm": arm,
+        "decay": decay,
+        "horizon_steps": averaging_horizon(decay),
+        "initial_weight_share": initial_weight_share(decay, steps),
+    }
+
+
+def _measured_ema_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the averaged parameters as they are stored, and bytes that the allocator gives out for one average."""
+    from experiments.harness.memory import allocated_bytes
+    from forge.ema import EMAModel
+
+    _, extra = allocated_bytes(lambda: EMAModel(model))
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad), extra
+
+
+def _memory_by_component(model: nn.Module, outcome: TrainingOutcome, ema: EMACallback) -> dict[str, int]:
+    from experiments.harness.memory import memory_by_component
+
+    return {**memory_by_component(model, outcome.trainer.optimizer), "ema": ema.ema.extra_bytes}
+
+
+def _checks(
+    spec: TrialSpec,
+    track: Track,
+    model: nn.Module,
+    ema: EMAModel,
+    outcome: TrainingOutcome,
+    losses: dict[str, HeldOutLoss],
+) -> list[ManipulationCheck]:
+    """Every treatment took effect: steps, schedule, what is trainable, averages that differ from the raw weights."""
+    parameters = dict(model.named_parameters())
+    trainable = {name for name, p in parameters.items() if p.requires_grad}
+    expected = {n for n in parameters if track.method == "full" or "lora_" in n}
+    last_lr = outcome.trainer.lr_scheduler.get_last_lr()[0]
+    expected_lr = 0.0 if spec.factors["schedule"] == "cosine" else track.learning_rate
+    same = [d for d in ema.decays if all(bool((parameters[n] == t).all()) for n, t in ema.averages(d).items())]
+    pairs = {
+        "optimizer_steps": (spec.factors["steps"], outcome.trainer.state.global_step),
+        "ema_updates": (spec.factors["steps"], ema.step),
+        "wrongly_trainable_or_frozen": (0, len(expected ^ trainable)),
+        "final_learning_rate": (f"{expected_lr:.3e}", f"{last_lr:.3e}"),
+        "averages_equal_to_raw": ([], same),
+        "training_moved_the_model": (True, losses["raw"].loss != losses["initial"].loss),
+    }
+    if track.method == "qlora":
+        quantised = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+        pairs["quantised_modules_present"] = (True, quantised > 0)
+    return [
+        ManipulationCheck(name=name, expected=str(want), observed=str(got), passed=want == got)
+        for name, (want, got) in pairs.items()
+    ]
+
+
+def _claims_for(schedule: Schedule) -> list[Claim]:
+    word = {"constant": "при постоянном learning rate", "cosine": "при cosine-расписании"}[schedule]
+    main = {"track": "main", "schedule": schedule, "split": "test"}
+    late = {"track": "main", "schedule": schedule, "split": "validation"}
+    length = {"track": "length", "schedule": schedule, "split": "test"}
+    guide = tuple({"arm": f"ema_{d}"} for d in ("0.99", "0.999", "0.9999"))
+    loss, raw, optimal = EVAL_LOSS.name, {"arm": "raw"}, {"arm": "ema_optimal"}
+    gain, none_worse, at_most_half = Region(low=0.01), Region(high=0.0), Region(high=0.005)
+
+    def claim(id: str, statement: str, source: str, estimand: Any, region: Region) -> Claim:
+        return Claim(f"{id}-{schedule}", f"{statement} ({word})", "ema", source, estimand, region)
+
+    claims = [
+        claim(
+            "ema-0.999-lowers-loss",
+            "EMA с decay = 0.999 снижает eval loss не менее чем на 1 %",
+            "seed 003, «Типичное улучшение: +1–3 %»; seed 000, «Ожидаемое улучшение»",
+            RelativeReduction(loss, {"arm": "ema_0.999"}, raw, main),
+            gain,
+        ),
+        claim(
+            "ema-optimal-lowers-loss",
+            "EMA с compute_optimal_decay(T) снижает eval loss не менее чем на 1 %",
+            "seed 003, «Типичное улучшение: +1–3 %», «Автоматический расчёт»",
+            RelativeReduction(loss, optimal, raw, main),
+            gain,
+        ),
+        claim(
+            "ema-optimal-near-best",
+            "compute_optimal_decay(T) проигрывает лучшему из 0.99, 0.999, 0.9999 не более 0,5 %",
+            "seed 003, «Автоматический расчёт»",
+            Regret(loss, optimal, guide, main),
+            at_most_half,
+        ),
+        claim(
+            "ema-reduces-spread",
+            "EMA с compute_optimal_decay(T) уменьшает разброс eval loss между поздними чекпоинтами",
+            "seed 003, «Почему EMA работает?»; seed 000, «EMA усредняет эти колебания»",
+            SpreadReduction(loss, optimal, raw, late),
+            Region(low=0.0),
+        ),
+        claim(
+            "ema-best-decay-grows",
+            "Чем длиннее обучение, тем ближе лучший decay к 1 (1 000 → 10 000 шагов)",
+            "seed 003, «Выбор decay», «Правило»",
+            ArgBestShift(
+                loss, "horizon_steps", {"steps": 1_000}, {"steps": 10_000}, length
+            ),
+            Region(low=0.0),
+        ),
+    ]
+    for steps, best in ((1_000, "0.99"), (10_000, "0.999")):
+        rivals = tuple(arm for arm in guide if arm["arm"] != f"ema_{best}")
+        at = {**length, "steps": steps}
+        words = f"{steps:_}".replace("_", " ")
+        claims.append(
+            claim(
+                f"ema-{best}-best-at-{steps}",
+                f"При ~{words} шагов из 0.99, 0.999, 0.9999 лучший decay — {best}",
+                "seed 003, «Выбор decay», таблица",
+                Regret(loss, {"arm": f"ema_{best}"}, rivals, at),
+                none_worse,
+            )
+        )
+        claims.append(
+            claim(
+                f"ema-optimal-near-best-at-{steps}",
+                f"При {words} шагов compute_optimal_decay(T) проигрывает лучшему decay сетки не более 0,5 %",
+                "seed 003, «Автоматический расчёт»",
+                Regret(loss, optimal, tuple({"arm": f"ema_{d:g}"} for d in _TINY_LENGTH.decays), at),
+                at_most_half,
+            )
+        )
+    return claims
+
+
+CLAIMS = (
+    *_claims_for("constant"),
+    *_claims_for("cosine"),
+    Claim(
+        "ema-extra-memory",
+        "EMA требует дополнительно столько памяти, сколько занимают усредняемые веса (одна копия, веса в fp32)",
+        "ema",
+        "seed 003, «Память»",
+        ExactRatio(EMA_BYTES.name, PARAMETER_BYTES.name, {"track": "main"}),
+        Region(low=0.99, high=1.01),
+    ),
+)
+
+EXPERIMENT = Experiment(
+    name="ema_ablation",
+    version=1,
+    question="Does averaging the weights lower held-out loss, and which decay does it best?",
+    claims=CLAIMS,
+    scales=SCALES,
+    trials=trials,
+    run_trial=run_trial,
+    cost=COST,
+)

@@ -1,0 +1,1 @@
+"""What every experiment shares: claims, records, queue, tracking, models, data, training, evaluation."""

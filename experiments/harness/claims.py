@@ -1,0 +1,138 @@
+"""Claims: an estimand, and the region of its values in which the claim is true.
+
+A claim is declared in the file of the experiment that tests it, before its data exist. Its digest covers everything
+that the verdict depends on (estimand, region, alpha), so that a claim edited after its data were seen is recognised.
+This module is declarative: how an estimand is estimated is the business of ``analysis.statistics``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Scalar = str | int | float | bool
+Selector = Mapping[str, Scalar]
+"""Conditions that a row of observations must equal: ``{"arm": "ema_0.999", "schedule": "cosine"}``."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The closed interval ``[low, high]`` of estimand values in which a claim is true."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.low) or math.isnan(self.high) or self.low > self.high:
+            raise ValueError(f"a region needs low <= high, got [{self.low}, {self.high}]")
+
+
+@dataclass(frozen=True)
+class RelativeReduction:
+    """Mean over seeds of ``(control − treatment) / control``: positive when the treatment lowers the metric.
+
+    Both arms are read at the last recorded step. The unit of replication is the seed.
+    """
+
+    metric: str
+    treatment: Selector
+    control: Selector
+    where: Selector = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Regret:
+    """Mean over seeds of ``choice / min(rivals) − 1``: what choosing ``choice`` costs against the best rival.
+
+    Negative when the choice beats every rival. The best rival is picked within each seed, on the same data, which
+    favours the rivals: the estimate is an upper bound of the regret against any rival fixed beforehand.
+    """
+
+    metric: str
+    choice: Selector
+    rivals: tuple[Selector, ...]
+    where: Selector = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArgBestShift:
+    """Mean over seeds of ``log10(best level of ``along`` under ``end`` / best level under ``start``)``.
+
+    The best level minimises the metric; it is interpolated by a parabola in ``log10(along)`` through the best grid
+    point and its neighbours, and is the grid point itself at the edge of the grid.
+    """
+
+    metric: str
+    along: str
+    start: Selector
+    end: Selector
+    where: Selector = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SpreadReduction:
+    """Mean over seeds of ``1 − s(treatment) / s(control)``; ``s`` is the residual standard deviation of the metric over
+    the recorded steps around its straight-line trend, so that a loss that still falls does not count as spread.
+    """
+
+    metric: str
+    treatment: Selector
+    control: Selector
+    where: Selector = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExactRatio:
+    """``numerator / denominator`` of two metrics of one trial, both free of sampling error (counts, bytes).
+
+    The interval is the range over all trials; it carries no confidence level and takes no share of alpha.
+    """
+
+    numerator: str
+    denominator: str
+    where: Selector = field(default_factory=dict)
+
+
+Estimand = RelativeReduction | Regret | ArgBestShift | SpreadReduction | ExactRatio
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of a guide as a rule that data can break.
+
+    Raises:
+        ValueError: if ``alpha`` is not in (0, 1) or ``id`` is not lower-case words joined by hyphens.
+    """
+
+    id: str
+    """Unique over all experiments: ``ema-0.999-lowers-loss-cosine``."""
+    statement: str
+    """The claim in one sentence, as its source puts it (Russian, since THEORY.md shows it)."""
+    section: str
+    """The section of THEORY.md that shows its verdict: a marker name such as ``ema``."""
+    source: str
+    """Where it is said: ``seed 003, «Выбор decay»``."""
+    estimand: Estimand
+    region: Region
+    alpha: float = 0.05
+    """Family-wise error rate of the experiment's intervals."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha must be in (0, 1), got {self.alpha}")
+        if not self.id or any(c not in "abcdefghijklmnopqrstuvwxyz0123456789.-" for c in self.id):
+            raise ValueError(f"a claim id is lower-case letters, digits, dots and hyphens, got {self.id!r}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (first 16 hex digits) of estimand, region and alpha."""
+        rule = {
+            "estimand": [type(self.estimand).__name__, dataclasses.asdict(self.estimand)],
+            "region": [str(self.region.low), str(self.region.high)],
+            "alpha": self.alpha,
+        }
+        return hashlib.sha256(json.dumps(rule, sort_keys=True).encode()).hexdigest()[:16]

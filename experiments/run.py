@@ -1,0 +1,256 @@
+"""Run an experiment: ``python -m experiments.run ema_ablation``; without a name, list the experiments.
+
+The composition root: the only module that touches both experiments and analysis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from experiments.harness.experiment import Experiment, UserError, load_experiment, load_experiments, unknown
+from experiments.harness.record import TrialRecord, TrialSpec, read_records, record_path
+
+DEFAULT_SCALE = "laptop"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, whatever the experiment."""
+
+    scale: str = DEFAULT_SCALE
+    """Set of defaults: smoke, laptop, cpu, gpu, paper (the other options change single values)."""
+    dry_run: bool = False
+    """Print the resolved plan and its cost, and stop."""
+    workers: int = 1
+    """Processes that run trials side by side; the cores are divided among them."""
+    storage: str | None = None
+    """Optuna storage of the queue; postgresql://… lets many machines share it. Default: SQLite in the runs folder."""
+    time_budget: str | None = None
+    """Stop claiming trials, checkpoint and exit after this long: 90s, 9m, 1.5h."""
+    wandb: Literal["offline", "online", "disabled"] | None = None
+    """Weights & Biases mode. Default: online when logged in, else offline."""
+    results: Path = Path("results")
+    """Folder of the records."""
+    runs: Path = Path("runs")
+    """Folder of checkpoints, the queue and W&B files; safe to delete when nothing is unfinished."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"workers must be at least 1, got {self.workers}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code (0 done, 2 wrong input, 3 stopped before the end, 4 trials failed)."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not argv or argv[0] in ("-h", "--help", "--results"):
+            return _list(argv)
+        experiment = load_experiment(argv[0])
+        options, settings = _parse(experiment, argv[1:])
+        return _run(experiment, options, settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(argv: Sequence[str]) -> int:
+    """Every experiment with its question, cost and status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.run", description="Run an experiment, or list them all.")
+    parser.add_argument("experiment", nargs="?", help="see below; EXPERIMENT --help shows its options")
+    parser.add_argument("--results", type=Path, default=RunOptions.results, help="folder of the records")
+    parsed = parser.parse_args([a for a in argv if a not in ("-h", "--help")])
+    if len(argv) and argv[0] in ("-h", "--help"):
+        parser.print_help()
+        print()
+    for experiment in load_experiments():
+        print(f"{experiment.name}  (version {experiment.version}, {len(experiment.claims)} claims)")
+        print(f"  {experiment.question}")
+        for scale, settings in experiment.scales.items():
+            specs = experiment.trials(settings, scale)
+            done = sum(record_path(parsed.results, spec).exists() for spec in specs)
+            print(f"  --scale {scale:<7} {done:>3}/{len(specs):<3} trials done   {experiment.cost[scale]}")
+    print("\npython -m experiments.run NAME [--scale SCALE] [--dry-run] [options]; NAME --help lists the options")
+    return 0
+
+
+def _parse(experiment: Experiment, argv: Sequence[str]) -> tuple[RunOptions, Any]:
+    """The run options and the experiment's settings; the scale decides the defaults of the latter."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--scale", default=DEFAULT_SCALE)
+    scale = first.parse_known_args(argv)[0].scale
+    if scale not in experiment.scales:
+        raise UserError(unknown("scale", scale, experiment.scales))
+    default = experiment.scales[scale]
+    flat = tyro.conf.arg(name="")
+    form = dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("run", Annotated[RunOptions, flat], RunOptions(scale=scale)),
+            ("settings", Annotated[type(default), flat], default),
+        ],
+        frozen=True,
+    )
+    parsed = tyro.cli(
+        form,
+        args=argv,
+        prog=f"python -m experiments.run {experiment.name}",
+        description=f"{experiment.question}\n\nDefaults are those of --scale {scale}.",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return parsed.run, parsed.settings
+
+
+def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    specs = experiment.trials(settings, options.scale)
+    seconds = _seconds(options.time_budget)
+    _check_inputs(specs)
+    records = _records(experiment, specs, options.results, console)
+    missing = [spec for spec in specs if spec.trial_id not in records]
+    _print_plan(experiment, specs, records, options)
+    if options.dry_run:
+        return 0
+    if missing:
+        _check_writable(options.results)
+        deadline = None if seconds is None else time.time() + seconds
+        _run_workers(specs, records, options, deadline, console)
+        records = _records(experiment, specs, options.results, console)
+    return _report(experiment, specs, records, options)
+
+
+def _check_inputs(specs: Sequence[TrialSpec]) -> None:
+    """Models and data sets are checked once, before anything is written."""
+    from experiments.harness.data import load_corpus
+    from experiments.harness.models import check_model
+
+    tracks = {spec.factors.get("track", "main"): spec.settings for spec in specs}
+    for name, settings in tracks.items():
+        track = settings.get(name, settings)
+        check_model(track["model"], random_init=track.get("random_init", False))
+        load_corpus(track["dataset"])
+
+
+def _check_writable(results: Path) -> None:
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        probe = results / f".probe-{os.getpid()}"
+        probe.write_text("x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"the results folder {results} cannot be written ({error.strerror}); choose another with --results"
+        ) from error
+
+
+def _records(
+    experiment: Experiment, specs: Sequence[TrialSpec], results: Path, console: Any
+) -> dict[str, TrialRecord]:
+    """Valid records of the planned trials; a record that does not validate is named and left alone."""
+    records, problems = read_records(results / experiment.name)
+    for problem in problems:
+        console.print(f"[yellow]warning:[/] {problem}", highlight=False)
+    planned = {spec.trial_id for spec in specs}
+    return {record.trial_id: record for record in records if record.trial_id in planned}
+
+
+def _print_plan(
+    experiment: Experiment, specs: Sequence[TrialSpec], records: dict[str, TrialRecord], options: RunOptions
+) -> None:
+    print(f"{experiment.name} v{experiment.version} at scale {options.scale}: {experiment.question}")
+    done = [records[spec.trial_id] for spec in specs if spec.trial_id in records]
+    print(f"{len(done)} of {len(specs)} trials have a record; cost of the whole: {experiment.cost[options.scale]}")
+    if options.dry_run:
+        for spec in specs:
+            factors = " ".join(f"{k}={v}" for k, v in spec.factors.items())
+            state = records[spec.trial_id].status if spec.trial_id in records else "to do"
+            print(f"  {spec.trial_id}  seed={spec.seed} {factors}  {state}")
+        for key, value in specs[0].settings.items():
+            print(f"  {key}: {value}")
+
+
+def _run_workers(
+    specs: Sequence[TrialSpec],
+    records: dict[str, TrialRecord],
+    options: RunOptions,
+    deadline: float | None,
+    console: Any,
+) -> None:
+    from experiments.harness.display import Progress
+    from experiments.harness.queue import enqueue, open_study
+    from experiments.harness.tracking import default_mode
+    from experiments.harness.worker import WorkerConfig, run_worker
+
+    storage = options.storage or f"sqlite:///{options.runs / 'queue.db'}"
+    enqueue(open_study(storage, specs[0]), specs, set(records))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    config = WorkerConfig(
+        specs=tuple(specs),
+        storage=storage,
+        results=options.results,
+        runs=options.runs,
+        wandb=options.wandb or default_mode(),
+        deadline=deadline,
+        threads=max(1, cores // options.workers),
+        parent=os.getpid(),
+    )
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=run_worker, args=(config,)) for _ in range(options.workers)]
+    for worker in workers:
+        worker.start()
+    # Ctrl-C reaches the whole process group: each worker checkpoints and ends, and the parent waits for them.
+    signal.signal(signal.SIGINT, lambda *_: console.print("stopping: writing checkpoints (Ctrl-C again to abort)"))
+    try:
+        Progress(specs, options.results, options.runs).follow(console, lambda: any(w.is_alive() for w in workers))
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for worker in workers:
+        worker.join()
+
+
+def _report(
+    experiment: Experiment, specs: Sequence[TrialSpec], records: dict[str, TrialRecord], options: RunOptions
+) -> int:
+    """The table and the verdicts, and what is left to do."""
+    from analysis.tables import summary
+
+    failed = [record for record in records.values() if record.status != "ok"]
+    for record in failed:
+        first = (record.error or "").strip().splitlines()[-1:]
+        print(f"{record.status}: trial {record.trial_id}: {' '.join(first)}", file=sys.stderr)
+    print(summary(experiment.name, options.results, specs[0].campaign_id))
+    left = len(specs) - len(records)
+    if left:
+        print(f"{left} of {len(specs)} trials are left; the same command continues", file=sys.stderr)
+        return 3
+    return 4 if failed else 0
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        value = float(text[:-1]) * units[text[-1]]
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"time_budget must be a number with s, m or h (90s, 9m, 1.5h), got {text!r}") from error
+    if value <= 0:
+        raise UserError(f"time_budget must be positive, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
