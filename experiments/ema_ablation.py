@@ -14,7 +14,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -43,8 +46,9 @@ from experiments.harness.record import (
 if TYPE_CHECKING:
     from torch import nn
 
+    from experiments.harness.data import Blocks
     from experiments.harness.evaluation import HeldOutLoss
-    from experiments.harness.training import TrainingOutcome
+    from experiments.harness.training import TrainingOutcome, TrainingPlan
     from forge.ema import EMACallback, EMAModel
 
 Schedule = Literal["constant", "cosine"]
@@ -152,9 +156,7 @@ SCALES = {
     "gpu": Settings(
         seeds=3,
         main=Track(steps=(10_000,), validation_blocks=64, test_blocks=230),
-        length=Track(
-            steps=(1_000, 10_000), decays=(0.9, 0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999), validation_blocks=64, test_blocks=230
-        ),
+        length=Track(steps=(1_000, 10_000), decays=_TINY_LENGTH.decays, validation_blocks=64, test_blocks=230),
     ),
     "paper": Settings(
         seeds=5,
@@ -202,50 +204,31 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     from transformers import set_seed
 
     from experiments.harness.data import load_corpus, pack
-    from experiments.harness.evaluation import held_out_loss
     from experiments.harness.models import load_causal_lm, load_tokenizer, weights_sha256
-    from experiments.harness.training import TrainingPlan, autocast, train
+    from experiments.harness.training import train
     from forge.ema import EMACallback, compute_optimal_decay
 
     began = time.monotonic()
-    track = Track(**{k: tuple(v) if isinstance(v, list) else v for k, v in _track_settings(spec).items()})
-    steps, schedule = int(spec.factors["steps"]), str(spec.factors["schedule"])  # type: ignore[arg-type]
+    track, steps = _track(spec), _steps(spec)
     corpus, tokenizer = load_corpus(track.dataset), load_tokenizer(track.model)
-    blocks = {name: pack(corpus.split(name), tokenizer, track.sequence_length) for name in ("train", "validation", "test")}
+    blocks = {s: pack(corpus.split(s), tokenizer, track.sequence_length) for s in ("train", "validation", "test")}
+    validation = blocks["validation"].spread(track.validation_blocks)
     test = blocks["test"].spread(track.test_blocks)
 
     set_seed(spec.seed)
     model = load_causal_lm(track.model, method=track.method, random_init=track.random_init)
     digests = {"model": weights_sha256(model), "data": corpus.fingerprint}
-    precision = autocast(track.precision)
-
     arms = {f"ema_{decay:g}": decay for decay in track.decays} | {"ema_optimal": compute_optimal_decay(steps)}
     ema = EMACallback(decay=tuple(dict.fromkeys(arms.values())))
-    evaluated = time.monotonic()
-    losses: dict[str, HeldOutLoss] = {"initial": held_out_loss(model, test, track.batch_size, precision)}
-    evaluation_sec = time.monotonic() - evaluated
-    plan = TrainingPlan(
-        steps=steps,
-        batch_size=track.batch_size,
-        learning_rate=track.learning_rate,
-        schedule=schedule,
-        warmup_ratio=track.warmup_ratio,
-        weight_decay=track.weight_decay,
-        precision=track.precision,
-        seed=spec.seed,
-        evaluate_at=_late_steps(steps, track.late_evaluations),
-        checkpoint_every=steps // 4 if steps >= 1_000 else None,
-    )
-    outcome = train(model, blocks["train"], blocks["validation"].spread(track.validation_blocks), plan, context, [ema])
 
+    losses, before_sec = _held_out_losses(model, test, track, {"initial": nullcontext})
+    outcome = train(model, blocks["train"], validation, _plan(spec, track), context, [ema])
     context.report(steps, steps, phase="test evaluation")
-    evaluated = time.monotonic()
-    losses["raw"] = held_out_loss(model, test, track.batch_size, precision)
-    for arm, decay in arms.items():
-        with ema.use_ema(decay):
-            losses[arm] = held_out_loss(model, test, track.batch_size, precision)
-    evaluation_sec += outcome.evaluation_sec + time.monotonic() - evaluated
+    averaged = {arm: partial(ema.use_ema, decay) for arm, decay in arms.items()}
+    final, after_sec = _held_out_losses(model, test, track, {"raw": nullcontext, **averaged})
+    losses |= final
 
+    evaluation_sec = before_sec + outcome.evaluation_sec + after_sec
     measurements = Measurements(
         checks=_checks(spec, track, model, ema.ema, outcome, losses),
         tokens=steps * track.batch_size * track.sequence_length,
@@ -253,18 +236,52 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
         digests=digests,
     )
     _observe(measurements, spec, arms, losses, outcome, model)
-    overhead = time.monotonic() - began - outcome.training_sec - evaluation_sec
-    measurements.seconds = {
-        "training": outcome.training_sec,
-        "evaluation": evaluation_sec,
-        "overhead": max(0.0, overhead),
-    }
+    measurements.seconds = {"training": outcome.training_sec, "evaluation": evaluation_sec}
+    measurements.seconds["overhead"] = max(0.0, time.monotonic() - began - sum(measurements.seconds.values()))
     return measurements
 
 
-def _track_settings(spec: TrialSpec) -> dict[str, Any]:
+def _track(spec: TrialSpec) -> Track:
     settings: dict[str, Any] = spec.settings[str(spec.factors["track"])]
-    return settings
+    return Track(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+def _steps(spec: TrialSpec) -> int:
+    steps = spec.factors["steps"]
+    assert isinstance(steps, int)
+    return steps
+
+
+def _plan(spec: TrialSpec, track: Track) -> TrainingPlan:
+    from experiments.harness.training import TrainingPlan
+
+    steps = _steps(spec)
+    return TrainingPlan(
+        steps=steps,
+        batch_size=track.batch_size,
+        learning_rate=track.learning_rate,
+        schedule=str(spec.factors["schedule"]),
+        warmup_ratio=track.warmup_ratio,
+        weight_decay=track.weight_decay,
+        precision=track.precision,
+        seed=spec.seed,
+        evaluate_at=_late_steps(steps, track.late_evaluations),
+        checkpoint_every=steps // 4 if steps >= 1_000 else None,
+    )
+
+
+def _held_out_losses(
+    model: nn.Module, test: Blocks, track: Track, arms: dict[str, Callable[[], AbstractContextManager[None]]]
+) -> tuple[dict[str, HeldOutLoss], float]:
+    """Test loss of every arm, each under the context that puts its weights in place, and the seconds it took."""
+    from experiments.harness.evaluation import held_out_loss
+    from experiments.harness.training import autocast
+
+    began, losses = time.monotonic(), {}
+    for arm, weights in arms.items():
+        with weights():
+            losses[arm] = held_out_loss(model, test, track.batch_size, autocast(track.precision))
+    return losses, time.monotonic() - began
 
 
 def _late_steps(steps: int, count: int) -> tuple[int, ...]:
@@ -283,7 +300,7 @@ def _observe(
 ) -> None:
     from forge.ema import decay_label
 
-    steps = int(spec.factors["steps"])  # type: ignore[arg-type]
+    steps = _steps(spec)
     conditions = {arm: _arm_conditions(arm, arms.get(arm), steps) for arm in losses}
     for arm, held_out in losses.items():
         if not math.isfinite(held_out.loss):
@@ -417,9 +434,7 @@ def _claims_for(schedule: Schedule) -> list[Claim]:
             "ema-best-decay-grows",
             "Чем длиннее обучение, тем ближе лучший decay к 1 (1 000 → 10 000 шагов)",
             "seed 003, «Выбор decay», «Правило»",
-            ArgBestShift(
-                loss, "horizon_steps", {"steps": 1_000}, {"steps": 10_000}, length
-            ),
+            ArgBestShift(loss, "horizon_steps", {"steps": 1_000}, {"steps": 10_000}, length),
             Region(low=0.0),
         ),
     ]

@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _list(argv: Sequence[str]) -> int:
     """Every experiment with its question, cost and status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.run", description="Run an experiment, or list them all.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.run", description="Run an experiment, or list them all."
+    )
     parser.add_argument("experiment", nargs="?", help="see below; EXPERIMENT --help shows its options")
     parser.add_argument("--results", type=Path, default=RunOptions.results, help="folder of the records")
     parsed = parser.parse_args([a for a in argv if a not in ("-h", "--help")])
@@ -126,10 +128,17 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
         return 0
     if missing:
         _check_writable(options.results)
+        _fetch_weights(specs)
         deadline = None if seconds is None else time.time() + seconds
         _run_workers(specs, records, options, deadline, console)
         records = _records(experiment, specs, options.results, console)
     return _report(experiment, specs, records, options)
+
+
+def _inputs(specs: Sequence[TrialSpec]) -> set[tuple[str, str, bool]]:
+    """(model, data set, random weights) of every trial: what its settings say at the top, or under its track."""
+    sources = (spec.settings.get(str(spec.factors.get("track")), spec.settings) for spec in specs)
+    return {(s["model"], s["dataset"], s.get("random_init", False)) for s in sources}
 
 
 def _check_inputs(specs: Sequence[TrialSpec]) -> None:
@@ -137,11 +146,17 @@ def _check_inputs(specs: Sequence[TrialSpec]) -> None:
     from experiments.harness.data import load_corpus
     from experiments.harness.models import check_model
 
-    tracks = {spec.factors.get("track", "main"): spec.settings for spec in specs}
-    for name, settings in tracks.items():
-        track = settings.get(name, settings)
-        check_model(track["model"], random_init=track.get("random_init", False))
-        load_corpus(track["dataset"])
+    for model, dataset, random_init in sorted(_inputs(specs)):
+        check_model(model, random_init=random_init)
+        load_corpus(dataset)
+
+
+def _fetch_weights(specs: Sequence[TrialSpec]) -> None:
+    """Embedded weights are fetched by the parent, where a failure is one line for the user and not a crashed trial."""
+    from experiments.harness.models import EMBEDDED, ensure_embedded
+
+    for model in {model for model, _, _ in _inputs(specs)} & set(EMBEDDED):
+        ensure_embedded(model)
 
 
 def _check_writable(results: Path) -> None:
@@ -156,9 +171,7 @@ def _check_writable(results: Path) -> None:
         ) from error
 
 
-def _records(
-    experiment: Experiment, specs: Sequence[TrialSpec], results: Path, console: Any
-) -> dict[str, TrialRecord]:
+def _records(experiment: Experiment, specs: Sequence[TrialSpec], results: Path, console: Any) -> dict[str, TrialRecord]:
     """Valid records of the planned trials; a record that does not validate is named and left alone."""
     records, problems = read_records(results / experiment.name)
     for problem in problems:

@@ -58,7 +58,11 @@ class Corpus:
         """
         ranked = sorted(self.documents, key=lambda d: hashlib.sha256(d.id.encode()).digest())
         held_out = max(1, round(_HELD_OUT_SHARE * len(ranked)))
-        parts = {"test": ranked[:held_out], "validation": ranked[held_out : 2 * held_out], "train": ranked[2 * held_out :]}
+        parts = {
+            "test": ranked[:held_out],
+            "validation": ranked[held_out : 2 * held_out],
+            "train": ranked[2 * held_out :],
+        }
         chosen = {d.id for d in parts[split]}
         return [d for d in self.documents if d.id in chosen]
 
@@ -123,7 +127,7 @@ def load_corpus(dataset: str) -> Corpus:
 
 
 def pack(documents: Sequence[Document], tokenizer: Tokenizer, block_tokens: int) -> Blocks:
-    """Tokenise documents, join them with the end-of-text token and cut into full blocks; the last, short one is dropped.
+    """Tokenise documents, join them with the end-of-text token, cut into full blocks and drop the short rest.
 
     Args:
         documents: in the order in which they are joined.

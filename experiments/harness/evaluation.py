@@ -49,7 +49,9 @@ def held_out_loss(
         ids = torch.from_numpy(blocks.input_ids[start : start + batch_size]).to(device)
         with autocast():
             logits = model(input_ids=ids).logits
-        losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+        )
         owner = blocks.document[start : start + batch_size, 1:].ravel()
         nll += np.bincount(owner, weights=losses.double().cpu().numpy(), minlength=len(nll))
         tokens += np.bincount(owner, minlength=len(tokens))

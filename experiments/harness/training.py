@@ -81,25 +81,19 @@ class _HarnessCallback(TrainerCallback):
         self.evaluation_sec = 0.0
         self.preempted = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_evaluate = state.global_step in self._plan.evaluate_at
         if self._began is None:
             self._began = (time.monotonic(), state.global_step)
         seconds = time.monotonic() - self._began[0]
         rate = self._tokens_per_step * (state.global_step - self._began[1]) / seconds if seconds > 0 else 0.0
         phase = "evaluation" if control.should_evaluate else "training"
-        self._context.report(
-            state.global_step, self._plan.steps, loss=self._loss, tokens_per_second=rate, phase=phase
-        )
+        self._context.report(state.global_step, self._plan.steps, loss=self._loss, tokens_per_second=rate, phase=phase)
         if self._context.should_stop() and state.global_step < self._plan.steps:
             self.preempted = control.should_save = control.should_training_stop = True
         self._evaluation_began = time.monotonic()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called after the EMA's own handler, so that its evaluations are counted too."""
         self.evaluation_sec += time.monotonic() - self._evaluation_began
 

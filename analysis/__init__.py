@@ -1,0 +1,1 @@
+"""From committed trial records to estimates, verdicts, tables and THEORY.md; never trains, never imports torch."""

@@ -1,0 +1,133 @@
+"""Which campaign speaks for a claim: the rule by which committed evidence reaches THEORY.md.
+
+Serves every section of THEORY.md. Smoke runs, other versions and campaigns with settings of one's own never speak for
+a claim there; they have their place in the tables of ``analysis.tables``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from analysis.estimands import CannotEstimate, per_seed_values
+from analysis.load import Campaign
+from analysis.verdicts import NOT_MEASURED, Verdict, judge_campaign
+from experiments.harness.claims import Claim, Estimand, Selector
+from experiments.harness.experiment import Experiment
+from experiments.harness.record import TrialSpec
+
+SCALES = ("laptop", "cpu", "gpu", "paper")
+"""From the weakest evidence to the strongest; ``smoke`` is none."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The campaign that speaks for a claim, and its verdict."""
+
+    campaign: Campaign
+    verdict: Verdict
+
+    @property
+    def scope(self) -> str:
+        """Scope of the trials that the claim reads, which may be fewer than the campaign has."""
+        return scope_of(self.verdict.claim, self.campaign)
+
+    @property
+    def n(self) -> int | None:
+        """Replicates of the estimate: seeds, or trials for an exact ratio; None where there is no estimate."""
+        return replicates(self.verdict.claim, self.campaign)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known about one claim."""
+
+    experiment: Experiment
+    claim: Claim
+    evidence: Evidence | None
+
+
+def scale_rank(scale: str) -> int:
+    """Position in the order of evidence; a scale of unknown name counts least."""
+    return SCALES.index(scale) if scale in SCALES else -1
+
+
+def in_order(campaigns: Iterable[Campaign]) -> list[Campaign]:
+    """Evidence campaigns by version, scale (weakest first) and campaign id."""
+    evidence = [campaign for campaign in campaigns if campaign.is_evidence]
+    return sorted(evidence, key=lambda c: (c.experiment, c.version, scale_rank(c.scale), c.scale, c.campaign_id))
+
+
+def default_plan(experiment: Experiment, scale: str) -> list[TrialSpec]:
+    """The trials of a scale with the settings that the experiment declares; none for a scale that it does not have."""
+    return experiment.trials(experiment.scales[scale], scale) if scale in experiment.scales else []
+
+
+def is_default(experiment: Experiment, campaign: Campaign) -> bool:
+    """Whether a campaign ran the experiment's current version with the settings that its scale declares."""
+    if (campaign.experiment, campaign.version) != (experiment.name, experiment.version):
+        return False
+    plan = default_plan(experiment, campaign.scale)
+    return bool(plan) and plan[0].campaign_id == campaign.campaign_id
+
+
+def find(experiment: Experiment, campaigns: Iterable[Campaign]) -> list[Finding]:
+    """One finding per claim, in the order of declaration.
+
+    Of the evidence campaigns of the current version with default settings, the highest scale at which the claim was
+    measured speaks for it.
+    """
+    speaking = [campaign for campaign in in_order(campaigns) if is_default(experiment, campaign)]
+    judged = [
+        (campaign, default_plan(experiment, campaign.scale), judge_campaign(experiment.claims, campaign))
+        for campaign in reversed(speaking)
+    ]
+    findings = []
+    for index, claim in enumerate(experiment.claims):
+        measured = (
+            Evidence(campaign, verdicts[index])
+            for campaign, plan, verdicts in judged
+            if planned(claim, plan) and not verdicts[index].reason.endswith(NOT_MEASURED)
+        )
+        findings.append(Finding(experiment, claim, next(measured, None)))
+    return findings
+
+
+def planned(claim: Claim, plan: Sequence[TrialSpec]) -> bool:
+    """Whether a plan has trials for every arm of a claim, as far as its selectors name factors."""
+    return all(
+        any(_matches(spec.factors, {**claim.estimand.where, **selector}) for spec in plan)
+        for selector in selectors(claim.estimand)
+    )
+
+
+def selectors(estimand: Estimand) -> list[Selector]:
+    """The selectors of an estimand's arms (treatment, control, choice, rivals, …); an empty one if it has none."""
+    found: list[Selector] = []
+    for field in dataclasses.fields(estimand):
+        value = getattr(estimand, field.name)
+        if field.name != "where" and isinstance(value, Mapping):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found.extend(value)
+    return found or [{}]
+
+
+def scope_of(claim: Claim, campaign: Campaign) -> str:
+    """Scope of the trials of a campaign that a claim reads: those whose factors agree with its ``where``."""
+    read = tuple(record for record in campaign.records if _matches(record.spec.factors, claim.estimand.where))
+    return dataclasses.replace(campaign, records=read).scope if read else campaign.scope
+
+
+def replicates(claim: Claim, campaign: Campaign) -> int | None:
+    """Number of replicates behind an estimate; None where it cannot be estimated."""
+    try:
+        return int(per_seed_values(claim.estimand, campaign.observations).size)
+    except CannotEstimate:
+        return None
+
+
+def _matches(factors: Mapping[str, object], selector: Selector) -> bool:
+    """Whether factor levels agree with a selector in every factor that it names; it may name conditions too."""
+    return all(factors[name] == level for name, level in selector.items() if name in factors)

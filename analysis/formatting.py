@@ -1,0 +1,122 @@
+"""How numbers are written: the one place where results are rounded.
+
+Serves every table, figure and verdict block, so that the same number reads the same everywhere. Relative estimands
+are shown as percent, ratios and shifts of a logarithm as plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.harness.claims import ArgBestShift, Estimand, ExactRatio, Region
+
+NO_BREAK_SPACE = "\u00a0"
+MINUS = "\u2212"
+NOTHING = "—"
+
+
+@dataclass(frozen=True)
+class Style:
+    """Conventions of one language."""
+
+    decimal: str
+    percent: str
+    thousands: str
+
+    def number(self, value: float, digits: int, signed: bool = False) -> str:
+        """``1234.5`` → ``1 234,50``; a non-finite value is spelled out, never hidden."""
+        if math.isnan(value):
+            return "NaN"
+        if math.isinf(value):
+            return "∞" if value > 0 else f"{MINUS}∞"
+        text = f"{abs(value):,.{digits}f}"
+        sign = MINUS if value < 0 and any(c in "123456789" for c in text) else "+" if signed and value > 0 else ""
+        swap = str.maketrans({",": self.thousands, ".": self.decimal})
+        return sign + text.translate(swap)
+
+    def share(self, value: float, digits: int = 2, signed: bool = False) -> str:
+        """A share as percent: ``0.0123`` → ``1.23%``."""
+        return self.number(100 * value, digits, signed) + self.percent
+
+
+ENGLISH = Style(decimal=".", percent="%", thousands=",")
+RUSSIAN = Style(decimal=",", percent=f"{NO_BREAK_SPACE}%", thousands=NO_BREAK_SPACE)
+
+
+def is_relative(estimand: Estimand) -> bool:
+    """Whether an estimand is a share, shown as percent."""
+    return not isinstance(estimand, ExactRatio | ArgBestShift)
+
+
+def format_estimate(estimand: Estimand, value: float | None, style: Style, digits: int = 2) -> str:
+    """An estimate in the unit of its estimand, with its sign where zero is the point of reference."""
+    if value is None:
+        return NOTHING
+    if is_relative(estimand):
+        return style.share(value, digits, signed=True)
+    return style.number(value, 3, signed=isinstance(estimand, ArgBestShift))
+
+
+def format_interval(estimand: Estimand, interval: tuple[float, float] | None, style: Style) -> str:
+    """``[low; high]`` in the unit of the estimand."""
+    if interval is None:
+        return NOTHING
+    low, high = (format_estimate(estimand, bound, style) for bound in interval)
+    return f"[{low}; {high}]"
+
+
+def format_region(estimand: Estimand, region: Region, style: Style) -> str:
+    """Where the claim is true: ``≥ 1 %``, ``≤ 2 %`` or ``[−0,1; 0,1]``."""
+    low, high = (_bound(estimand, bound, style) for bound in (region.low, region.high))
+    if math.isinf(region.low) and math.isinf(region.high):
+        return "∈ ℝ"
+    if math.isinf(region.high):
+        return f"≥{NO_BREAK_SPACE}{low}"
+    if math.isinf(region.low):
+        return f"≤{NO_BREAK_SPACE}{high}"
+    return f"[{low}; {high}]"
+
+
+def format_span(value: float, style: Style) -> str:
+    """A share that may be tiny or almost one, to the tenth of a percent."""
+    if 0 < value < 0.0005:
+        return f"<{NO_BREAK_SPACE}{style.share(0.001, 1)}"
+    return style.share(value, 1)
+
+
+def format_count(value: float, style: Style) -> str:
+    """Steps, bytes, tokens: whole from ten upwards, else two decimals without idle zeros."""
+    if value >= 10 or value == int(value):
+        return style.number(value, 0)
+    return style.number(value, 2).rstrip("0").rstrip(style.decimal)
+
+
+def _bound(estimand: Estimand, bound: float, style: Style) -> str:
+    """A bound is a declared constant: shown as it was declared, without idle zeros."""
+    if math.isinf(bound):
+        return style.number(bound, 0)
+    scaled = 100 * bound if is_relative(estimand) else bound
+    text = f"{abs(scaled):.10g}".replace(".", style.decimal)
+    return (MINUS if scaled < 0 else "") + text + (style.percent if is_relative(estimand) else "")
+
+
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool], padded: bool = True
+) -> str:
+    """A Markdown table; ``right`` marks the right-aligned columns.
+
+    Padded, it reads well as plain text; unpadded, a change of one cell changes one line.
+    """
+    cells = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in (header, *rows)]
+    widths = [max(3, *(len(text) for text in column)) if padded else 3 for column in zip(*cells, strict=True)]
+    rule = ["-" * (width - 1) + ":" if r else "-" * width for width, r in zip(widths, right, strict=True)]
+    lines = [
+        [
+            (text.rjust(w) if r else text.ljust(w)) if padded else text
+            for text, w, r in zip(row, widths, right, strict=True)
+        ]
+        for row in (cells[0], rule, *cells[1:])
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

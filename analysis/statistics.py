@@ -1,0 +1,145 @@
+"""Inference over seeds: one value per seed → interval, sign-flip test, number of seeds that would decide.
+
+Serves every section of THEORY.md. The unit of replication is the training seed; ``analysis.estimands`` has already
+reduced each seed to one value. Intervals therefore cover the variation between training seeds, on the one evaluation
+set that was used; they say nothing about other models, data or hardware.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from analysis.estimands import CannotEstimate, per_seed_values, select
+from experiments.harness.claims import Region
+
+__all__ = [
+    "CannotEstimate",
+    "Estimate",
+    "bonferroni",
+    "exact_range",
+    "mean_interval",
+    "nearest_edge",
+    "per_seed_values",
+    "seeds_needed",
+    "select",
+    "sign_flip_p",
+]
+
+MAX_SEEDS = 200
+MAX_EXACT_SIGN_FLIPS = 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over ``n`` replicates and its interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    sd: float | None
+    """Sample standard deviation over seeds; None for a quantity without sampling error."""
+
+
+def mean_interval(values: npt.ArrayLike, alpha: float) -> Estimate:
+    """The mean over seeds and its two-sided ``1 − alpha`` Student-t interval.
+
+    Estimates the expected value over training seeds. Within-seed pairs have already been reduced to one value, so
+    this is the paired-t interval. Assumes that the seeds are independent and the values about normal.
+
+    Raises:
+        CannotEstimate: with fewer than two values, or with values that are all equal.
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must be in (0, 1), got {alpha}")
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size < 2:
+        raise CannotEstimate(f"an interval needs at least 2 seeds, got {sample.size}; run more seeds")
+    if sample.min() == sample.max():
+        raise CannotEstimate(
+            f"all {sample.size} seeds gave exactly {sample[0]:g}: no variance to estimate an interval from; "
+            "use a finer measurement, or check that the seed reaches the training"
+        )
+    interval = stats.ttest_1samp(sample, popmean=0.0).confidence_interval(confidence_level=1 - alpha)
+    return Estimate(
+        float(sample.mean()), float(interval.low), float(interval.high), sample.size, float(sample.std(ddof=1))
+    )
+
+
+def exact_range(values: npt.ArrayLike) -> Estimate:
+    """The mean and the range over all trials of a quantity without sampling error; it has no confidence level.
+
+    Raises:
+        CannotEstimate: if there are no values.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size == 0:
+        raise CannotEstimate("a range needs at least 1 trial, got 0; run the trials that record both metrics")
+    low, high = float(sample.min()), float(sample.max())
+    middle = low if low == high else float(sample.mean())
+    return Estimate(middle, low, high, sample.size, sd=None)
+
+
+def sign_flip_p(values: npt.ArrayLike, null: float) -> float:
+    """Two-sided sign-flip (permutation) test that the mean over seeds equals ``null``.
+
+    Assumes that the seeds are independent and, under the null hypothesis, symmetric around ``null``; not normality.
+    Exact by enumeration up to 20 seeds, by 99 999 seeded resamples beyond. The smallest possible p of n seeds is
+    ``2 / 2**n``: with 5 seeds 0.0625, whatever the effect. Not adjusted for multiplicity.
+    """
+    differences = np.asarray(values, dtype=np.float64) - null
+    exact = differences.size <= MAX_EXACT_SIGN_FLIPS
+    result = stats.permutation_test(
+        (differences,),
+        lambda sample, axis: np.mean(sample, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=2**MAX_EXACT_SIGN_FLIPS if exact else 99_999,
+        batch=2**14,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
+
+
+def bonferroni(alpha: float, m: int) -> float:
+    """The alpha of each of ``m`` intervals that hold simultaneously with error rate at most ``alpha``.
+
+    Assumes nothing about the dependence between them.
+    """
+    if m < 1:
+        raise ValueError(f"m must be at least 1 interval, got {m}")
+    return alpha / m
+
+
+def nearest_edge(region: Region, value: float) -> float | None:
+    """The finite edge of a region closest to a value, or None if both are infinite."""
+    edges = [edge for edge in (region.low, region.high) if math.isfinite(edge)]
+    return min(edges, key=lambda edge: abs(edge - value), default=None)
+
+
+def seeds_needed(values: npt.ArrayLike, region: Region, alpha: float) -> int | None:
+    """The smallest number of seeds (at most 200) whose t-interval would lie clear of the region's nearest edge.
+
+    Takes the observed mean and standard deviation for the true ones, as a pilot study does: the interval of the real
+    run decides with a probability of only about one half at this n, and the figure itself is uncertain.
+
+    Returns:
+        The total number of seeds, those already run included; None if 200 do not suffice.
+
+    Raises:
+        CannotEstimate: with fewer than two values, or with values that are all equal.
+    """
+    pilot = mean_interval(values, alpha)
+    edge = nearest_edge(region, pilot.value)
+    if edge is None:
+        return None
+    sd = np.std(np.asarray(values, dtype=np.float64), ddof=1)
+    n = np.arange(2, MAX_SEEDS + 1)
+    half_widths = stats.t.ppf(1 - alpha / 2, n - 1) * sd / np.sqrt(n)
+    enough = n[half_widths < abs(pilot.value - edge)]
+    return int(enough[0]) if enough.size else None

@@ -1,0 +1,274 @@
+"""Verdict blocks of THEORY.md, rendered from committed evidence: ``python -m analysis.theory [--check]``.
+
+Serves every section of THEORY.md. People write its prose; what lies between the markers, and every tick in a list of
+experiments, is written here, so that only evidence can move an entry from «Предстоит» to «Проверено».
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.arms import mechanics
+from analysis.evidence import Evidence, Finding, find, selectors
+from analysis.formatting import (
+    NOTHING,
+    RUSSIAN,
+    format_count,
+    format_estimate,
+    format_interval,
+    format_region,
+    format_span,
+    markdown_table,
+)
+from analysis.load import Campaign, load_campaigns
+from analysis.statistics import MAX_SEEDS
+from analysis.ticks import render_ticks
+from analysis.verdicts import Verdict
+from experiments.harness.claims import ExactRatio
+from experiments.harness.experiment import Experiment, UserError, load_experiments, unknown
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PENDING = "🔴 **Предстоит**"
+EXPLORATORY = "🔎 **Исследовательски**"
+OUTCOMES = {
+    "confirmed": ("✅", "✅ **Проверено: подтверждено**", "подтверждено"),
+    "refuted": ("❌", "❌ **Проверено: опровергнуто**", "опровергнуто"),
+    "insufficient": ("🟡", "🟡 **Недостаточно данных**", "недостаточно данных"),
+}
+HEADER = ("Статус", "Утверждение", "Верно, если", "Оценка", "Интервал 95 %", "n", "Область", "Эксперимент")
+NOTE = (
+    "Интервалы одновременные (95 % на все утверждения эксперимента вместе); у точного отношения — размах по запускам. "
+    "n — число сидов (у точного отношения — запусков)."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a section of THEORY.md says where there is no evidence, and its row of the overall status."""
+
+    module: str
+    theory: str
+    pending: str
+    """What is still to be measured."""
+    tests: str
+    """The tests of its module, relative to the repository."""
+    tested: str = ""
+    """What the tests show in the practice of the section, if they show something there."""
+
+
+SECTIONS = {
+    "ema": Section("EMA", "✅ Доказано", "Собственные benchmarks на LLM fine-tuning", "tests/forge/test_ema.py"),
+    "freezing": Section(
+        "Layer Freezing", "✅ Обосновано", "Benchmarks memory usage и quality", "tests/forge/test_freezing.py"
+    ),
+    "presets": Section(
+        "Training Presets",
+        "✅ Best practices",
+        "Сравнение presets на стандартных бенчмарках",
+        "tests/forge/test_presets.py",
+    ),
+    "monitor": Section(
+        "Training Monitor",
+        "✅ Стандартные метрики",
+        "Real-world monitoring во время обучения",
+        "tests/forge/test_monitor.py",
+        tested="Unit тесты на gradient detection",
+    ),
+}
+
+
+def render(text: str, experiments: Sequence[Experiment], campaigns: Sequence[Campaign], root: Path = ROOT) -> str:
+    """THEORY.md with its blocks and ticks as the evidence has them.
+
+    Args:
+        text: THEORY.md as it stands.
+        experiments: all experiments, with today's claims.
+        campaigns: all campaigns, those that are no evidence included.
+        root: the repository, where the tests of a module are looked for.
+
+    Raises:
+        UserError: if a marker is missing or repeated, or a claim names a section that does not exist.
+    """
+    for name, body in blocks(experiments, campaigns, root).items():
+        start, end = block_span(text, name)
+        text = f"{text[:start]}\n{body}\n{text[end:]}"
+    return render_ticks(text, experiments, campaigns)
+
+
+def blocks(experiments: Sequence[Experiment], campaigns: Sequence[Campaign], root: Path) -> dict[str, str]:
+    """The text of each block by the name of its marker."""
+    findings = [f for e in experiments for f in find(e, [c for c in campaigns if c.experiment == e.name])]
+    for finding in findings:
+        if finding.claim.section not in SECTIONS:
+            where = f"claim {finding.claim.id} of {finding.experiment.name}: "
+            raise UserError(where + unknown("section", finding.claim.section, SECTIONS))
+    by_section = {name: [f for f in findings if f.claim.section == name] for name in SECTIONS}
+    bodies = {f"verdicts:{name}": _section(SECTIONS[name], found, root) for name, found in by_section.items()}
+    return {**bodies, "status": _status(by_section, root)}
+
+
+def block_span(text: str, name: str) -> tuple[int, int]:
+    """Where the body of a block begins and ends.
+
+    Raises:
+        UserError: unless the opening and the closing marker are there once each, in this order.
+    """
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+    counts = text.count(opening), text.count(closing)
+    start, end = text.find(opening) + len(opening), text.find(closing)
+    if counts != (1, 1) or end < start:
+        raise UserError(
+            f"THEORY.md needs one {opening} followed by one {closing}, got {counts[0]} and {counts[1]}; "
+            "restore the two markers in the «Практика» that they belong to"
+        )
+    return start, end
+
+
+def differences(text: str, rendered: str) -> list[str]:
+    """One line per block, or ticked line outside the blocks, that differs from what would be rendered."""
+    lines = []
+    for name in [*(f"verdicts:{section}" for section in SECTIONS), "status"]:
+        (start, end), (new_start, new_end) = block_span(text, name), block_span(rendered, name)
+        if text[start:end] != rendered[new_start:new_end]:
+            lines.append(f"block {name} differs from results/; run python -m analysis.theory")
+    written = set(rendered.splitlines())
+    ticks = [line.strip() for line in text.splitlines() if line.lstrip().startswith("- [") and line not in written]
+    return lines + [f"tick differs from results/; run python -m analysis.theory: {line}" for line in ticks]
+
+
+def _section(section: Section, findings: Sequence[Finding], root: Path) -> str:
+    if findings and any(finding.evidence for finding in findings):
+        right = [name in ("Верно, если", "Оценка", "Интервал 95 %", "n") for name in HEADER]
+        table = markdown_table(HEADER, [_row(finding) for finding in findings], right, padded=False)
+        return f"{table}\n\n{_sources(findings)}\n\n{NOTE}"
+    rows = [[PENDING, section.pending]]
+    if section.tested:
+        rows.insert(0, ["✅ **Проверено**" if (root / section.tests).exists() else PENDING, section.tested])
+    rows += [[PENDING, f"{f.claim.statement} ({_link(f.experiment)})"] for f in findings]
+    return markdown_table(["Статус", "Описание"], rows, [False, False])
+
+
+def _row(finding: Finding) -> list[str]:
+    claim, evidence = finding.claim, finding.evidence
+    statement = f"{claim.statement} *({claim.source})*"
+    true_if = format_region(claim.estimand, claim.region, RUSSIAN)
+    if evidence is None:
+        return [PENDING, statement, true_if, NOTHING, NOTHING, NOTHING, NOTHING, _link(finding.experiment)]
+    verdict = evidence.verdict
+    return [
+        _outcome(verdict),
+        statement + _mechanics(evidence),
+        true_if,
+        format_estimate(claim.estimand, verdict.estimate, RUSSIAN),
+        format_interval(claim.estimand, verdict.interval, RUSSIAN),
+        NOTHING if evidence.n is None else str(evidence.n),
+        evidence.scope,
+        _link(finding.experiment),
+    ]
+
+
+def _outcome(verdict: Verdict) -> str:
+    _, label, word = OUTCOMES[verdict.outcome]
+    need = f" ({_need(verdict)})" if verdict.outcome == "insufficient" else ""
+    return label + need if verdict.registered else f"{EXPLORATORY}: {word}{need}"
+
+
+def _need(verdict: Verdict) -> str:
+    """What would decide: the trials that are missing, or more seeds."""
+    if missing := verdict.n_planned - verdict.n_ok:
+        return f"нет результата у {missing} из {verdict.n_planned} запусков"
+    if verdict.interval is None:
+        return f"оценить нельзя: {verdict.reason}"
+    if verdict.seeds_needed is not None:
+        return f"хватило бы сидов: ≈{verdict.seeds_needed}"
+    if isinstance(verdict.claim.estimand, ExactRatio):
+        return "размах пересекает границу"
+    return f"не хватило бы и {MAX_SEEDS} сидов"
+
+
+def _mechanics(evidence: Evidence) -> str:
+    """The averaging horizon and the share of initial weights of the arm under test, where they were recorded."""
+    estimand = evidence.verdict.claim.estimand
+    factors = {name for record in evidence.campaign.records for name in record.spec.factors}
+    found = mechanics(evidence.campaign, {**estimand.where, **selectors(estimand)[0]})
+    if selectors(estimand)[0].keys() <= factors or "initial_weight_share" not in found:
+        return ""
+    horizon = format_count(found["horizon_steps"], RUSSIAN)
+    share = format_span(found["initial_weight_share"], RUSSIAN)
+    return f" — горизонт усреднения, шагов: {horizon}; осталось исходных весов: {share}"
+
+
+def _sources(findings: Iterable[Finding]) -> str:
+    """One line per campaign that speaks in the block."""
+    speaking = {f.evidence.campaign.campaign_id: f.evidence.campaign for f in findings if f.evidence}
+    lines = [
+        f"- Кампания `{c.campaign_id}`: {c.scope}; успешны {len(c.ok_records)} из {c.n_planned} запусков; "
+        f"[все варианты](results/tables/{c.experiment}.md)."
+        for c in speaking.values()
+    ]
+    return "\n".join(lines)
+
+
+def _link(experiment: Experiment) -> str:
+    return f"[{experiment.name}](experiments/{experiment.name}.py)"
+
+
+def _status(by_section: Mapping[str, Sequence[Finding]], root: Path) -> str:
+    rows = [
+        [section.module, section.theory, _practice(by_section[name]), _tests(section, root)]
+        for name, section in SECTIONS.items()
+    ]
+    return markdown_table(["Модуль", "Теория", "Практика", "Тесты"], rows, [False] * 4)
+
+
+def _practice(findings: Sequence[Finding]) -> str:
+    """Counts of the outcomes in a section; «Предстоит» where there is no evidence."""
+    counts = Counter(_sign(finding) for finding in findings)
+    if set(counts) <= {"🔴"}:
+        return "🔴 Предстоит"
+    return " · ".join(f"{sign} {counts[sign]}" for sign in ("✅", "❌", "🟡", "🔎", "🔴") if counts[sign])
+
+
+def _sign(finding: Finding) -> str:
+    if finding.evidence is None:
+        return "🔴"
+    verdict = finding.evidence.verdict
+    return OUTCOMES[verdict.outcome][0] if verdict.registered else "🔎"
+
+
+def _tests(section: Section, root: Path) -> str:
+    return "✅ Работают" if (root / section.tests).exists() else "🔴 Предстоит"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: 0 where THEORY.md agrees with the evidence (or was written), 1 where ``--check`` finds that not."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.theory", description="Verdict blocks of THEORY.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a block or a tick differs")
+    parser.add_argument("--theory", type=Path, default=ROOT / "THEORY.md", help="the document")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records")
+    options = parser.parse_args(argv)
+    text = options.theory.read_text(encoding="utf-8")
+    campaigns, problems = load_campaigns(options.results)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    try:
+        rendered = render(text, load_experiments(), campaigns)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.check:
+        lines = differences(text, rendered)
+        print("\n".join(lines) or f"{options.theory.name} agrees with {options.results}")
+        return 1 if lines else 0
+    options.theory.write_text(rendered, encoding="utf-8", newline="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

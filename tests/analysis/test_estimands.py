@@ -1,0 +1,258 @@
+"""Every estimand against a case worked by hand, and every refusal to estimate."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from analysis.statistics import CannotEstimate, per_seed_values
+from experiments.harness.claims import ArgBestShift, ExactRatio, Regret, RelativeReduction, SpreadReduction
+
+EMA, RAW = {"arm": "ema"}, {"arm": "raw"}
+REDUCTION = RelativeReduction("eval_loss", treatment=EMA, control=RAW)
+
+
+def row(value, seed=0, step=100, metric="eval_loss", trial=None, **conditions):
+    trial_id = f"trial-{seed}" if trial is None else trial
+    return {"trial_id": trial_id, "seed": seed, "metric": metric, "value": value, "step": step, **conditions}
+
+
+def two_arms(treatment, control, **conditions):
+    return [
+        row(value, seed=seed, arm=arm, **conditions)
+        for arm, values in (("ema", treatment), ("raw", control))
+        for seed, value in enumerate(values)
+    ]
+
+
+def estimate(estimand, rows):
+    return per_seed_values(estimand, pd.DataFrame(rows)).to_dict()
+
+
+def refusal(estimand, rows):
+    with pytest.raises(CannotEstimate) as caught:
+        per_seed_values(estimand, pd.DataFrame(rows))
+    return str(caught.value)
+
+
+def test_relative_reduction_is_paired_and_read_at_the_last_step():
+    rows = [
+        *two_arms([1.8, 4.4], [2.0, 4.0]),
+        *two_arms([9.0, 1.0], [5.0, 5.0], step=50),
+    ]
+    # seed 0: (2.0 - 1.8) / 2.0 = 0.1; seed 1: (4.0 - 4.4) / 4.0 = -0.1
+    assert estimate(REDUCTION, rows[::-1]) == pytest.approx({0: 0.1, 1: -0.1})
+
+
+def test_arms_may_be_separate_trials_with_different_last_steps():
+    rows = [
+        row(1.5, trial="a", step=80, arm="ema"),
+        row(9.0, trial="a", step=40, arm="ema"),
+        row(2.0, trial="b", step=100, arm="raw"),
+    ]
+    assert estimate(REDUCTION, rows) == pytest.approx({0: 0.25})
+
+
+def test_where_restricts_the_rows():
+    rows = two_arms([1.5], [2.0], schedule="cosine") + two_arms([2.0], [2.0], schedule="linear")
+    cosine = RelativeReduction("eval_loss", EMA, RAW, where={"schedule": "cosine"})
+    assert estimate(cosine, rows) == pytest.approx({0: 0.25})
+
+
+@pytest.mark.parametrize("level", ["0.999", 0.999, 2, True])
+def test_selectors_compare_strings_floats_ints_and_booleans(level):
+    rows = [row(1.0, x=level), row(2.0, arm="raw"), row(7.0, x="other")]
+    assert estimate(RelativeReduction("eval_loss", {"x": level}, RAW), rows) == pytest.approx({0: 0.5})
+
+
+def test_regret_is_against_the_best_rival_of_each_seed():
+    rows = [
+        row(value, seed=seed, decay=decay)
+        for decay, values in ((0.9, (2.0, 2.0)), (0.99, (2.5, 1.6)), (0.999, (2.2, 1.5)))
+        for seed, value in enumerate(values)
+    ]
+    regret = Regret("eval_loss", choice={"decay": 0.999}, rivals=({"decay": 0.9}, {"decay": 0.99}))
+    # seed 0: 2.2 / min(2.0, 2.5) - 1 = 0.1; seed 1: 1.5 / min(2.0, 1.6) - 1 = -0.0625
+    assert estimate(regret, rows) == pytest.approx({0: 0.1, 1: -0.0625})
+
+
+SHIFT = ArgBestShift("eval_loss", along="horizon", start={"phase": "early"}, end={"phase": "late"})
+
+
+def grid(phase, values, levels=(1.0, 10.0, 100.0, 1000.0), seed=0):
+    """Rows at the last step, and at an earlier one that ranks the levels backwards."""
+    return [
+        row(measured, seed=seed, phase=phase, horizon=level, step=step)
+        for level, value in zip(levels, values, strict=True)
+        for step, measured in ((50, 100 - value), (100, value))
+    ]
+
+
+def test_arg_best_shift_interpolates_the_best_level():
+    # early: (x - 0.75)² at x = 0, 1, 2, 3 → minimum at x = 0.75 (grid point 1)
+    # late:  (x - 2.25)² at the same points → 2.25 (grid point 2); shift 1.5 decades
+    early = [(x - 0.75) ** 2 for x in range(4)]
+    late = [(x - 2.25) ** 2 for x in range(4)]
+    assert estimate(SHIFT, grid("early", early) + grid("late", late)) == pytest.approx({0: 1.5})
+
+
+def test_arg_best_shift_on_an_uneven_grid():
+    # levels 1, 10, 1000 → x = 0, 1, 3; (x - 1.25)² = 1.5625, 0.0625, 3.0625 → 1.25. Start at the edge: x = 0.
+    levels = (1.0, 10.0, 1000.0)
+    rows = grid("early", [1.0, 2.0, 3.0], levels) + grid("late", [1.5625, 0.0625, 3.0625], levels)
+    assert estimate(SHIFT, rows) == pytest.approx({0: 1.25})
+
+
+def test_arg_best_shift_keeps_the_grid_point_at_the_edges_and_on_a_plateau():
+    rows = [
+        *grid("early", [1.0, 2.0, 3.0, 4.0]),  # lower edge: x = 0
+        *grid("late", [4.0, 3.0, 2.0, 1.0]),  # upper edge: x = 3
+        *grid("early", [3.0, 1.0, 2.0, 1.5], seed=1),  # (0, 3), (1, 1), (2, 2): 1 + (2 - 1) / (2 · 3) = 7/6
+        *grid("late", [5.0, 5.0, 5.0, 5.0], seed=1),  # all equal: the first, x = 0
+        *grid("early", [1.0, 2.0, 3.0, 4.0], seed=2),
+        *grid("late", [3.0, 1.0, 1.0, 1.0], seed=2),  # the first of equals, (1, 1), between (0, 3) and (2, 1): 1.5
+    ]
+    assert estimate(SHIFT, rows) == pytest.approx({0: 3.0, 1: -7 / 6, 2: 1.5})
+
+
+def test_arg_best_shift_ignores_rows_without_a_level():
+    rows = grid("early", [1.0, 2.0, 3.0, 4.0]) + grid("late", [4.0, 3.0, 2.0, 1.0])
+    rows += [row(-5.0, phase="early", arm="raw"), row(-5.0, phase="late", arm="raw", horizon=None)]
+    assert estimate(SHIFT, rows) == pytest.approx({0: 3.0})
+
+
+SPREAD = SpreadReduction("eval_loss", treatment=EMA, control=RAW)
+
+
+def curve(arm, values, seed=0, start=1):
+    return [row(v, seed=seed, arm=arm, step=10 * step) for step, v in enumerate(values, start=start)]
+
+
+def test_spread_reduction_is_around_the_trend():
+    # Residuals (1, -1, -1, 1) are orthogonal to the constant and to the line over 4 even steps: s = √(4 / (4 - 2)).
+    # The treatment falls steeply with residuals a quarter as large: 1 - 0.25 = 0.75, whatever the slopes.
+    control = [5 + 1, 5 - 1, 5 - 1, 5 + 1]
+    treatment = [9 + 0.25, 6 - 0.25, 3 - 0.25, 0 + 0.25]
+    assert estimate(SPREAD, curve("ema", treatment) + curve("raw", control)) == pytest.approx({0: 0.75})
+
+
+def test_exact_ratio_is_per_trial():
+    rows = [
+        row(value, trial=trial, seed=0, metric=metric, ratio=ratio)
+        for trial, ratio, top, bottom in (("a", 0.5, 40, 100), ("b", 0.5, 45, 90), ("c", 0.75, 1, 100))
+        for metric, value in (("trainable_params", top), ("total_params", bottom))
+    ]
+    ratio = ExactRatio("trainable_params", "total_params", where={"ratio": 0.5})
+    assert estimate(ratio, rows) == pytest.approx({"a": 0.4, "b": 0.5})
+
+
+def test_an_unknown_column_is_refused_with_near_misses():
+    message = refusal(RelativeReduction("eval_loss", {"armm": "ema"}, RAW), two_arms([1.0], [2.0]))
+    assert "unknown column 'armm'; did you mean arm?" in message
+    message = refusal(RelativeReduction("eval_loss", EMA, RAW, where={"track": "lm"}), two_arms([1.0], [2.0]))
+    assert "a selector must name a condition that was recorded" in message
+    assert "'track'" in message
+
+
+def test_an_unknown_metric_is_refused():
+    message = refusal(RelativeReduction("eval_lost", EMA, RAW), two_arms([1.0], [2.0]))
+    assert "unknown metric 'eval_lost'; did you mean eval_loss?" in message
+
+
+def test_an_arm_without_rows_is_refused():
+    message = refusal(RelativeReduction("eval_loss", {"arm": "sma"}, RAW), two_arms([1.0], [2.0]))
+    assert "got none for treatment {arm=sma}" in message
+
+
+def test_an_ambiguous_selector_names_the_conditions_that_differ():
+    rows = two_arms([1.0], [2.0], schedule="cosine", split="eval") + two_arms(
+        [1.5], [2.5], schedule="linear", split="eval"
+    )
+    message = refusal(REDUCTION, rows)
+    assert "one row per seed, got 2 for treatment {arm=ema} that differ in schedule; name" in message
+
+
+def test_ambiguity_over_trials_of_one_seed_is_seen_though_their_last_steps_differ():
+    rows = [row(1.0, trial="a", step=100, arm="ema"), row(2.0, trial="b", step=90, arm="ema"), row(3.0, arm="raw")]
+    assert "got 2 for treatment {arm=ema} that differ in step" in refusal(REDUCTION, rows)
+
+
+def test_repeated_rows_are_refused():
+    rows = two_arms([1.0], [2.0])
+    assert "that differ in no recorded condition" in refusal(REDUCTION, rows + rows)
+
+
+def test_unpaired_seeds_are_named():
+    message = refusal(REDUCTION, two_arms([1.0, 1.0], [2.0, 2.0, 2.0, 2.0]))
+    assert "paired within seed, but treatment {arm=ema} lacks seed 2, 3" in message
+    regret = Regret("eval_loss", EMA, (RAW,))
+    assert "rival 1 {arm=raw} lacks seed 1" in refusal(regret, two_arms([1.0, 1.0], [2.0]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    message = refusal(REDUCTION, two_arms([1.0, value], [2.0, 2.0]))
+    assert f"must be finite, got {value} for treatment {{arm=ema}} (seed 1, step 100)" in message
+
+
+@pytest.mark.parametrize("control", [0.0, -2.0])
+def test_a_denominator_that_is_not_positive_is_refused(control):
+    rows = two_arms([1.0], [control])
+    assert f"positive denominator, got {control:g} for eval_loss of the control" in refusal(REDUCTION, rows)
+    assert "eval_loss of the best rival" in refusal(Regret("eval_loss", EMA, (RAW,)), rows)
+
+
+def test_a_control_without_spread_is_refused():
+    rows = curve("ema", [1.0, 2.0, 1.0, 2.0]) + curve("raw", [0.0, 0.0, 0.0, 0.0])
+    assert "residual standard deviation of eval_loss of the control" in refusal(SPREAD, rows)
+
+
+def test_a_regret_needs_rivals():
+    assert "at least 1 rival, got none" in refusal(Regret("eval_loss", EMA, ()), two_arms([1.0], [2.0]))
+
+
+def test_a_spread_needs_four_steps():
+    rows = curve("ema", [1.0, 2.0, 1.0]) + curve("raw", [1.0, 3.0, 1.0])
+    assert "at least 4 recorded steps, got 3 for treatment {arm=ema}" in refusal(SPREAD, rows)
+
+
+def test_a_spread_needs_the_same_steps_in_both_arms_and_all_seeds():
+    even = [1.0, 2.0, 1.0, 2.0]
+    message = refusal(SPREAD, curve("ema", even, start=2) + curve("raw", even))
+    assert "only one of them has step 10, 50;" in message
+    message = refusal(
+        SPREAD,
+        [*curve("ema", even), *curve("raw", even), *curve("ema", even[:3], seed=1), *curve("raw", even[:3], seed=1)],
+    )
+    assert "treatment {arm=ema} lacks step 40 in seed 1" in message
+
+
+def test_the_levels_of_an_arg_best_shift():
+    rows = grid("early", [1.0, 2.0, 3.0, 4.0]) + grid("late", [4.0, 3.0, 2.0, 1.0])
+    unknown = ArgBestShift("eval_loss", along="horizn", start={"phase": "early"}, end={"phase": "late"})
+    assert "unknown column 'horizn'; did you mean horizon?" in refusal(unknown, rows)
+    single = grid("early", [1.0], levels=(10.0,)) + grid("late", [1.0], levels=(10.0,))
+    assert "at least 2 levels of horizon, got only 10 for start {phase=early}" in refusal(SHIFT, single)
+    negative = grid("early", [1.0, 2.0], levels=(0.0, 10.0)) + grid("late", [1.0, 2.0], levels=(0.0, 10.0))
+    assert "levels of horizon must be positive numbers, got 0.0, 10.0" in refusal(SHIFT, negative)
+    words = grid("early", [1.0, 2.0], levels=("long", "short")) + grid("late", [1.0, 2.0], levels=("long", "short"))
+    assert "levels of horizon must be positive numbers, got long, short" in refusal(SHIFT, words)
+    uneven = [
+        *rows,
+        *grid("early", [1.0, 2.0], levels=(1.0, 10.0), seed=1),
+        *grid("late", [4.0, 3.0, 2.0, 1.0], seed=1),
+    ]
+    assert "start {phase=early} lacks horizon 100, 1000 in seed 1" in refusal(SHIFT, uneven)
+
+
+def test_an_exact_ratio_needs_each_metric_once_per_trial():
+    top = [row(1.0, trial="a", metric="top"), row(1.0, trial="b", metric="top")]
+    bottom = [row(2.0, trial="a", metric="bottom")]
+    ratio = ExactRatio("top", "bottom")
+    assert "paired within trial, but bottom lacks trial b" in refusal(ratio, top + bottom)
+    twice = [row(2.0, trial=t, metric="bottom", step=step) for t in "ab" for step in (1, 2)]
+    assert "one row per trial_id, got 2 for bottom that differ in step" in refusal(ratio, top + twice)
+    zero = [row(0.0, trial=t, metric="bottom") for t in "ab"]
+    assert "positive denominator, got 0 for bottom" in refusal(ratio, top + zero)
