@@ -8,6 +8,7 @@ difference; the spread between seeds that both arms share has no part in them.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -102,6 +103,7 @@ HEAD_IN, FOOT_IN = 1.2, 0.5
 BARS = "Bars: 95% t-intervals of the difference paired within seed, not adjusted for the number of arms."
 
 
+@rc_context(STYLE)
 def draw(campaign: Campaign, layout: CurveLayout) -> Figure:
     """The figure of one campaign.
 
@@ -226,6 +228,32 @@ def _legend(layout: CurveLayout, hues: Sequence[str]) -> list[Artist]:
     return [*curves, ring, below, Patch(color=CLAIMED, label=layout.claimed_label)]
 
 
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG without date or software version, so that equal figures are equal bytes."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
+    return stream.getvalue()
+
+
+@rc_context(STYLE)
+def document_figure(table: pd.DataFrame, hue: str, title: str) -> Figure:
+    """One row per document (``example``), one colour per level of ``hue``: its relative reduction of loss in percent."""
+    names = list(table.groupby("example")[REDUCTION].mean().sort_values(kind="stable").index)
+    height = 1.7 + 0.24 * len(names)
+    figure = Figure(figsize=(8.6, height), layout="constrained")
+    axis = figure.subplots()
+    for index, (level, rows) in enumerate(table.groupby(hue)):
+        y = [names.index(name) + 0.12 * index for name in rows["example"]]
+        axis.plot(100 * rows[REDUCTION], y, MARKERS[index], color=HUES[index], label=f"{hue}: {level}", alpha=0.85)
+    axis.axvline(0, color=INK, linewidth=1.2, zorder=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(-0.7, len(names) - 0.3)
+    axis.set_xlabel("reduction of loss against raw weights, % (mean over seeds)")
+    axis.set_title(title, loc="left", fontsize=11.5)
+    figure.legend(loc="outside lower left", ncols=4, frameon=False)
+    return figure
+
+
 def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:
     """One PNG per evidence campaign: ``<experiment>_<scale>.png``; settings of one's own add the campaign id.
 
@@ -237,10 +265,9 @@ def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:
     paths = []
     for campaign in in_order(load_campaigns(results, experiment)[0]):
         path = out / f"{experiment}_{campaign.scale}{_suffix(campaign)}.png"
-        with rc_context(STYLE):
-            figure = draw(campaign, FIGURES[experiment])
-            out.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+        png = to_png(draw(campaign, FIGURES[experiment]))
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
         paths.append(path)
     return paths
 

