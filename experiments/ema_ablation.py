@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from experiments.harness.causal_lm import CausalLMRun, losses_on_test, prepare
 from experiments.harness.claims import (
     ArgBestShift,
     Claim,
@@ -46,7 +46,6 @@ from experiments.harness.record import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from experiments.harness.data import Blocks
     from experiments.harness.evaluation import HeldOutLoss
     from experiments.harness.training import TrainingOutcome, TrainingPlan
     from forge.ema import EMACallback, EMAModel
@@ -58,55 +57,27 @@ PARAMETER_BYTES = Metric("averaged_param_bytes", "bytes", "none")
 
 
 @dataclass(frozen=True)
-class Track:
-    """One kind of training run."""
+class Track(CausalLMRun):
+    """One kind of training run; under lora and qlora the EMA averages the adapters."""
 
-    model: str = "smollm2-135m"
-    """Embedded model (smollm2-135m, tiny-random), local folder, or hub id."""
-    dataset: str = "moby_dick"
-    """Embedded corpus (moby_dick, state_of_the_union, movie_sentiment), local file, or hub id."""
-    method: Literal["full", "lora", "qlora"] = "full"
-    """What is trained; under lora and qlora the EMA averages the adapters."""
-    random_init: bool = False
-    """Build the model from its config alone, with random weights."""
     steps: tuple[int, ...] = (200,)
     """Run lengths in optimizer steps."""
-    batch_size: int = 4
-    """Blocks per optimizer step."""
-    sequence_length: int = 128
-    """Tokens per block."""
-    learning_rate: float = 5e-5
-    """Peak learning rate of AdamW."""
-    warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises linearly."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 is autocast over fp32 weights."""
     decays: tuple[float, ...] = (0.99, 0.999, 0.9999)
     """EMA decays, followed beside compute_optimal_decay(steps)."""
     late_evaluations: int = 6
     """Evaluations on the validation split, evenly spread over the second half of the run."""
-    validation_blocks: int = 16
-    """Blocks of each late evaluation."""
-    test_blocks: int = 96
-    """Blocks of the final evaluation."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for decay in self.decays:
             if not 0 < decay < 1:
                 raise UserError(f"decay must be in (0, 1), got {decay}")
         if len(set(self.decays)) < len(self.decays):
             raise UserError(f"decays must differ, got {' '.join(map(str, self.decays))}")
-        for name in ("batch_size", "sequence_length", "validation_blocks", "test_blocks", "late_evaluations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.late_evaluations < 1:
+            raise UserError(f"late_evaluations must be at least 1, got {self.late_evaluations}")
         if not self.steps or min(self.steps) < 2 or len(set(self.steps)) < len(self.steps):
             raise UserError(f"steps must be different numbers of at least 2, got {self.steps}")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
 
 
 @dataclass(frozen=True)
@@ -201,41 +172,31 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
 
 def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     """Train once with all averages along the trajectory; evaluate every arm on the test split."""
-    from transformers import set_seed
-
-    from experiments.harness.data import load_corpus, pack
-    from experiments.harness.models import load_causal_lm, load_tokenizer, weights_sha256
     from experiments.harness.training import train
-    from forge.ema import EMACallback, compute_optimal_decay
+    from forge.ema import EMACallback, compute_optimal_decay, decay_label
 
     began = time.monotonic()
     track, steps = _track(spec), _steps(spec)
-    corpus, tokenizer = load_corpus(track.dataset), load_tokenizer(track.model)
-    blocks = {s: pack(corpus.split(s), tokenizer, track.sequence_length) for s in ("train", "validation", "test")}
-    validation = blocks["validation"].spread(track.validation_blocks)
-    test = blocks["test"].spread(track.test_blocks)
-
-    set_seed(spec.seed)
-    model = load_causal_lm(track.model, method=track.method, random_init=track.random_init)
-    digests = {"model": weights_sha256(model), "data": corpus.fingerprint}
+    ingredients = prepare(track, spec.seed)
     arms = {f"ema_{decay:g}": decay for decay in track.decays} | {"ema_optimal": compute_optimal_decay(steps)}
-    ema = EMACallback(decay=tuple(dict.fromkeys(arms.values())))
+    ema = EMACallback(decay=tuple({decay_label(decay): decay for decay in arms.values()}.values()))
 
-    losses, before_sec = _held_out_losses(model, test, track, {"initial": nullcontext})
-    outcome = train(model, blocks["train"], validation, _plan(spec, track), context, [ema])
+    losses, before_sec = losses_on_test(track, ingredients, {"initial": nullcontext})
+    outcome = train(ingredients.model, ingredients.train, ingredients.validation, _plan(spec, track), context, [ema])
     context.report(steps, steps, phase="test evaluation")
     averaged = {arm: partial(ema.use_ema, decay) for arm, decay in arms.items()}
-    final, after_sec = _held_out_losses(model, test, track, {"raw": nullcontext, **averaged})
+    final, after_sec = losses_on_test(track, ingredients, {"raw": nullcontext, **averaged})
     losses |= final
 
     evaluation_sec = before_sec + outcome.evaluation_sec + after_sec
     measurements = Measurements(
-        checks=_checks(spec, track, model, ema.ema, outcome, losses),
+        checks=_checks(spec, track, ingredients.model, ema.ema, outcome, losses),
         tokens=steps * track.batch_size * track.sequence_length,
-        memory_bytes=_memory_by_component(model, outcome, ema),
-        digests=digests,
+        memory_bytes=_memory_by_component(ingredients.model, outcome, ema),
+        digests=ingredients.digests,
     )
-    _observe(measurements, spec, arms, losses, outcome, model)
+    _observe(measurements, steps, arms, losses, outcome)
+    _observe_memory(measurements, steps, ingredients.model)
     measurements.seconds = {"training": outcome.training_sec, "evaluation": evaluation_sec}
     measurements.seconds["overhead"] = max(0.0, time.monotonic() - began - sum(measurements.seconds.values()))
     return measurements
@@ -270,20 +231,6 @@ def _plan(spec: TrialSpec, track: Track) -> TrainingPlan:
     )
 
 
-def _held_out_losses(
-    model: nn.Module, test: Blocks, track: Track, arms: dict[str, Callable[[], AbstractContextManager[None]]]
-) -> tuple[dict[str, HeldOutLoss], float]:
-    """Test loss of every arm, each under the context that puts its weights in place, and the seconds it took."""
-    from experiments.harness.evaluation import held_out_loss
-    from experiments.harness.training import autocast
-
-    began, losses = time.monotonic(), {}
-    for arm, weights in arms.items():
-        with weights():
-            losses[arm] = held_out_loss(model, test, track.batch_size, autocast(track.precision))
-    return losses, time.monotonic() - began
-
-
 def _late_steps(steps: int, count: int) -> tuple[int, ...]:
     """``count`` steps evenly spread over the second half of the run, the last step among them."""
     half = steps / 2
@@ -292,15 +239,14 @@ def _late_steps(steps: int, count: int) -> tuple[int, ...]:
 
 def _observe(
     into: Measurements,
-    spec: TrialSpec,
+    steps: int,
     arms: dict[str, float],
     losses: dict[str, HeldOutLoss],
     outcome: TrainingOutcome,
-    model: nn.Module,
 ) -> None:
+    """Test loss of every arm, by document too, and the validation losses of the late evaluations."""
     from forge.ema import decay_label
 
-    steps = _steps(spec)
     conditions = {arm: _arm_conditions(arm, arms.get(arm), steps) for arm in losses}
     for arm, held_out in losses.items():
         if not math.isfinite(held_out.loss):
@@ -308,8 +254,9 @@ def _observe(
             continue
         step = 0 if arm == "initial" else steps
         into.observations.append(Observation.of(EVAL_LOSS, held_out.loss, step, split="test", **conditions[arm]))
-        perplexity = math.exp(min(held_out.loss, 700.0))
-        into.observations.append(Observation.of(PERPLEXITY, perplexity, step, split="test", **conditions[arm]))
+        into.observations.append(
+            Observation.of(PERPLEXITY, math.exp(held_out.loss), step, split="test", **conditions[arm])
+        )
         for document, nll, tokens in zip(held_out.document_ids, held_out.nll, held_out.tokens, strict=True):
             into.examples.append(
                 ExampleOutcome(example=document, arm=arm, metric=EVAL_LOSS.name, value=nll / tokens, tokens=tokens)
@@ -321,9 +268,6 @@ def _observe(
                 into.observations.append(
                     Observation.of(EVAL_LOSS, row[key], int(row["step"]), split="validation", **conditions[arm])
                 )
-    averaged, extra = _measured_ema_bytes(model)
-    into.observations.append(Observation.of(PARAMETER_BYTES, averaged, steps))
-    into.observations.append(Observation.of(EMA_BYTES, extra, steps))
 
 
 def _arm_conditions(arm: str, decay: float | None, steps: int) -> dict[str, str | float]:
@@ -342,13 +286,15 @@ def _arm_conditions(arm: str, decay: float | None, steps: int) -> dict[str, str 
     }
 
 
-def _measured_ema_bytes(model: nn.Module) -> tuple[int, int]:
+def _observe_memory(into: Measurements, steps: int, model: nn.Module) -> None:
     """Bytes of the averaged parameters as they are stored, and bytes that the allocator gives out for one average."""
     from experiments.harness.memory import allocated_bytes
     from forge.ema import EMAModel
 
+    averaged = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    into.observations.append(Observation.of(PARAMETER_BYTES, averaged, steps))
     _, extra = allocated_bytes(lambda: EMAModel(model))
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad), extra
+    into.observations.append(Observation.of(EMA_BYTES, extra, steps))
 
 
 def _memory_by_component(model: nn.Module, outcome: TrainingOutcome, ema: EMACallback) -> dict[str, int]:
