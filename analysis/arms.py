@@ -69,7 +69,8 @@ def final_rows(campaign: Campaign, layout: Layout) -> pd.DataFrame:
         CannotEstimate: if there are none, or a condition of the layout was not recorded.
     """
     observations = campaign.observations
-    rows = select(observations[observations["metric"] == layout.metric], layout.where)
+    rows = observations[observations["metric"] == layout.metric]
+    rows = rows if rows.empty else select(rows, layout.where)
     if rows.empty:
         where = ", ".join(f"{name}={level}" for name, level in layout.where.items())
         raise CannotEstimate(f"no trial that succeeded recorded {layout.metric} at {where}")

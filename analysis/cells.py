@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.arms import REDUCTION, factors_of, layout_of
-from analysis.evidence import replicates, scope_of
+from analysis.evidence import replicates
 from analysis.formatting import (
     ENGLISH,
     NOTHING,
@@ -63,7 +63,7 @@ def verdict_cells(verdict: Verdict, campaign: Campaign) -> list[str]:
         format_interval(estimand, verdict.interval, ENGLISH),
         NOTHING if n is None else str(n),
         NOTHING if verdict.p_sign_flip is None else ENGLISH.number(verdict.p_sign_flip, 3),
-        scope_of(verdict.claim, campaign),
+        verdict.scope,
         verdict.reason,
     ]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from analysis.estimands import CannotEstimate, per_seed_values
-from analysis.load import Campaign
+from analysis.load import Campaign, agrees
 from analysis.verdicts import NOT_MEASURED, Verdict, judge_campaign
 from experiments.harness.claims import Claim, Estimand, Selector
 from experiments.harness.experiment import Experiment
@@ -27,11 +27,6 @@ class Evidence:
 
     campaign: Campaign
     verdict: Verdict
-
-    @property
-    def scope(self) -> str:
-        """Scope of the trials that the claim reads, which may be fewer than the campaign has."""
-        return scope_of(self.verdict.claim, self.campaign)
 
     @property
     def n(self) -> int | None:
@@ -97,7 +92,7 @@ def find(experiment: Experiment, campaigns: Iterable[Campaign]) -> list[Finding]
 def planned(claim: Claim, plan: Sequence[TrialSpec]) -> bool:
     """Whether a plan has trials for every arm of a claim, as far as its selectors name factors."""
     return all(
-        any(_matches(spec.factors, {**claim.estimand.where, **selector}) for spec in plan)
+        any(agrees(spec.factors, {**claim.estimand.where, **selector}) for spec in plan)
         for selector in selectors(claim.estimand)
     )
 
@@ -114,20 +109,9 @@ def selectors(estimand: Estimand) -> list[Selector]:
     return found or [{}]
 
 
-def scope_of(claim: Claim, campaign: Campaign) -> str:
-    """Scope of the trials of a campaign that a claim reads: those whose factors agree with its ``where``."""
-    read = tuple(record for record in campaign.records if _matches(record.spec.factors, claim.estimand.where))
-    return dataclasses.replace(campaign, records=read).scope if read else campaign.scope
-
-
 def replicates(claim: Claim, campaign: Campaign) -> int | None:
     """Number of replicates behind an estimate; None where it cannot be estimated."""
     try:
         return int(per_seed_values(claim.estimand, campaign.observations).size)
     except CannotEstimate:
         return None
-
-
-def _matches(factors: Mapping[str, object], selector: Selector) -> bool:
-    """Whether factor levels agree with a selector in every factor that it names; it may name conditions too."""
-    return all(factors[name] == level for name, level in selector.items() if name in factors)

@@ -125,7 +125,8 @@ def draw(campaign: Campaign, layout: CurveLayout) -> Figure:
     for axis, (levels, rows) in zip(axes, panels, strict=False):
         _panel(axis, rows, layout, hues)
         names = [_level(others[index], levels[index]) for index in varying or range(len(others))]
-        axis.set_title(" · ".join(names), loc="left", fontsize=11.5, fontweight="bold", pad=8)
+        names += [campaign.models_of({name: rows[name].iloc[0] for name in others})]
+        axis.set_title(" · ".join(filter(None, names)), loc="left", fontsize=11.5, fontweight="bold", pad=8)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis in axes[::columns]:
@@ -233,25 +234,6 @@ def to_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
     return stream.getvalue()
-
-
-@rc_context(STYLE)
-def document_figure(table: pd.DataFrame, hue: str, title: str) -> Figure:
-    """One row per document (``example``), one colour per level of ``hue``: its relative reduction of loss in percent."""
-    names = list(table.groupby("example")[REDUCTION].mean().sort_values(kind="stable").index)
-    height = 1.7 + 0.24 * len(names)
-    figure = Figure(figsize=(8.6, height), layout="constrained")
-    axis = figure.subplots()
-    for index, (level, rows) in enumerate(table.groupby(hue)):
-        y = [names.index(name) + 0.12 * index for name in rows["example"]]
-        axis.plot(100 * rows[REDUCTION], y, MARKERS[index], color=HUES[index], label=f"{hue}: {level}", alpha=0.85)
-    axis.axvline(0, color=INK, linewidth=1.2, zorder=1)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(-0.7, len(names) - 0.3)
-    axis.set_xlabel("reduction of loss against raw weights, % (mean over seeds)")
-    axis.set_title(title, loc="left", fontsize=11.5)
-    figure.legend(loc="outside lower left", ncols=4, frameon=False)
-    return figure
 
 
 def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.harness.record import Scalar, TrialRecord, read_records
+from experiments.harness.claims import Selector
+from experiments.harness.record import Scalar, TrialRecord, TrialSpec, read_records
 
 SMOKE = "smoke"
 
@@ -85,24 +86,34 @@ class Campaign:
 
     @property
     def scope(self) -> str:
-        """Model, data, hardware, scale and seeds: ``smollm2-135m · moby_dick · CPU ×2 · cpu · seeds 0–4``.
+        """Scope of all trials, see ``scope_of``."""
+        return self.scope_of({})
 
-        Model and data are left out where neither settings nor factors name them. The seeds are those of the trials
-        that succeeded.
+    def scope_of(self, where: Selector) -> str:
+        """Model, data, hardware, scale and seeds of the trials whose factors agree with a selector.
+
+        ``smollm2-135m · moby_dick · CPU ×2 · cpu · seeds 0–4``. Model and data are left out where neither settings nor
+        factors name them. A factor may choose between groups of settings, as ``track`` does in ``ema_ablation``: then
+        the chosen group names them. The seeds are those of the trials that succeeded.
         """
-        parts = [self._levels("model"), self._levels("dataset"), self._hardware(), self.scale]
-        seeds = sorted({record.spec.seed for record in self.ok_records})
+        chosen = self._agreeing(where)
+        parts = [_levels(chosen, "model"), _levels(chosen, "dataset"), _hardware(chosen), self.scale]
+        seeds = sorted({record.spec.seed for record in chosen if succeeded(record)})
         parts.append(f"seeds {_ranges(seeds)}" if len(seeds) > 1 else "".join(f"seed {seed}" for seed in seeds))
         return " · ".join(part for part in parts if part)
 
-    def _levels(self, key: str) -> str:
-        """The distinct values of a setting, or of a factor where the design varies it."""
-        specs = [record.spec for record in self.records]
-        values = [spec.settings.get(key, spec.factors.get(key)) for spec in specs]
-        return ", ".join(sorted({str(value) for value in values if value is not None}))
+    def models_of(self, where: Selector) -> str:
+        """The models of the trials whose factors agree with a selector; empty where none is named."""
+        return _levels(self._agreeing(where), "model")
 
-    def _hardware(self) -> str:
-        return ", ".join(sorted({_hardware_label(record.hardware) for record in self.records} - {""}))
+    def _agreeing(self, where: Selector) -> list[TrialRecord]:
+        """The records whose factors agree with a selector; all of them where none does."""
+        return [record for record in self.records if agrees(record.spec.factors, where)] or list(self.records)
+
+
+def agrees(factors: Mapping[str, object], selector: Selector) -> bool:
+    """Whether factor levels agree with a selector in every factor that it names; it may name conditions too."""
+    return all(factors[name] == level for name, level in selector.items() if name in factors)
 
 
 def succeeded(record: TrialRecord) -> bool:
@@ -150,6 +161,25 @@ def _merge(record: TrialRecord, fields: Mapping[str, Scalar]) -> dict[str, Scala
 
 def _frame(rows: list[dict[str, Scalar]], columns: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(columns))
+
+
+def _levels(records: Iterable[TrialRecord], key: str) -> str:
+    """The distinct values of a setting, or of a factor where the design varies it."""
+    values = (_setting(record.spec, key) for record in records)
+    return ", ".join(sorted({str(value) for value in values if value is not None}))
+
+
+def _setting(spec: TrialSpec, key: str) -> object:
+    """A setting of the group that a factor level chooses, else of the whole campaign, else a factor of that name."""
+    for level in spec.factors.values():
+        group = spec.settings.get(level) if isinstance(level, str) else None
+        if isinstance(group, dict) and key in group:
+            return group[key]
+    return spec.settings.get(key, spec.factors.get(key))
+
+
+def _hardware(records: Iterable[TrialRecord]) -> str:
+    return ", ".join(sorted({_hardware_label(record.hardware) for record in records} - {""}))
 
 
 def _hardware_label(hardware: Mapping[str, Scalar]) -> str:

@@ -151,7 +151,7 @@ def _section(section: Section, findings: Sequence[Finding], root: Path) -> str:
     if section.tested:
         rows.insert(0, ["✅ **Проверено**" if (root / section.tests).exists() else PENDING, section.tested])
     rows += [[PENDING, f"{f.claim.statement} ({_link(f.experiment)})"] for f in findings]
-    return markdown_table(["Статус", "Описание"], rows, [False, False])
+    return markdown_table(["Статус", "Описание"], rows, [False, False], padded=False)
 
 
 def _row(finding: Finding) -> list[str]:
@@ -168,7 +168,7 @@ def _row(finding: Finding) -> list[str]:
         format_estimate(claim.estimand, verdict.estimate, RUSSIAN),
         format_interval(claim.estimand, verdict.interval, RUSSIAN),
         NOTHING if evidence.n is None else str(evidence.n),
-        evidence.scope,
+        evidence.verdict.scope,
         _link(finding.experiment),
     ]
 

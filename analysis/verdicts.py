@@ -25,6 +25,7 @@ from analysis.statistics import (
     sign_flip_p,
 )
 from experiments.harness.claims import Claim, ExactRatio, Region
+from experiments.harness.record import TrialRecord
 
 Outcome = Literal["confirmed", "refuted", "insufficient"]
 
@@ -46,7 +47,7 @@ class Verdict:
     """Trials in the plan."""
     scope: str
     registered: bool
-    """Whether every record carries the claim as it stands today: else the verdict is exploratory."""
+    """Whether every trial ran committed code that holds the claim as it stands today: else it is exploratory."""
     simultaneous_alpha: float | None
     """Error rate of this interval; None for an interval without a confidence level."""
     p_sign_flip: float | None
@@ -104,13 +105,18 @@ def _judge(claim: Claim, campaign: Campaign, n_sampled: int) -> Verdict:
         interval=None if estimate is None else (estimate.low, estimate.high),
         n_ok=len(_ok_ids(campaign)),
         n_planned=campaign.n_planned,
-        scope=campaign.scope,
-        registered=all(record.claims.get(claim.id) == claim.digest for record in campaign.records),
+        scope=campaign.scope_of(claim.estimand.where),
+        registered=all(_registered(claim, record) for record in campaign.records),
         simultaneous_alpha=alpha,
         p_sign_flip=finding.p_sign_flip,
         seeds_needed=finding.seeds_needed,
         reason=f"{lack}; {finding.reason}" if lack else finding.reason,
     )
+
+
+def _registered(claim: Claim, record: TrialRecord) -> bool:
+    """The rule stood when the trial began, and it stood in a commit."""
+    return record.claims.get(claim.id) == claim.digest and record.git_dirty is False
 
 
 def _find(claim: Claim, campaign: Campaign, alpha: float | None) -> _Finding:

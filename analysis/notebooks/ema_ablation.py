@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 # %% [markdown]
 # # Does averaging the weights help?
 #
@@ -8,6 +7,7 @@
 # `python -m analysis.notebooks.build` from the records in `results/`.
 
 # %%
+# mypy: disable-error-code="no-untyped-call"
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +15,11 @@ from IPython.display import Image, Markdown, display
 
 from analysis.arms import REDUCTION, arm_table, layout_of, paired_rows
 from analysis.cells import VERDICT_HEADER, arm_cells, verdict_cells
+from analysis.documents import document_figure, document_gains
 from analysis.evidence import in_order, is_default
-from analysis.figures import FIGURES, document_figure, draw, to_png
-from analysis.formatting import markdown_table
-from analysis.load import load_campaigns
+from analysis.figures import FIGURES, draw, to_png
+from analysis.formatting import ENGLISH, markdown_table
+from analysis.load import Campaign, load_campaigns
 from analysis.tables import as_markdown, heading, judged, trials_line
 from analysis.verdicts import NOT_MEASURED
 from experiments.harness.experiment import load_experiment
@@ -35,29 +36,30 @@ display(Markdown("\n".join(lines) or "No evidence yet: run `python -m experiment
 #
 # All arms of a seed lie on one training trajectory: they share initial weights, data order and dropout masks. What
 # differs between seeds therefore cancels in the difference of two arms. Below, for each arm, the standard deviation
-# over seeds of the loss itself and of its paired difference to the raw weights, and how many times as many seeds
-# unpaired runs would need for an interval of the same width: `2 · (sd of loss / sd of difference)²`.
+# over seeds of the loss itself, of the loss of the raw weights and of their paired difference; and how many times as
+# many seeds unpaired runs would need for an interval of the same width: `(sd² + sd² of raw) / sd² of difference`.
 
 
 # %%
-def pairing(campaign):
+def pairing(campaign: Campaign) -> pd.DataFrame:
     rows = paired_rows(campaign, layout).dropna(subset=[REDUCTION])
     rows = rows.assign(difference=rows["control"] - rows["value"])
     keys = [*layout.order, layout.arm]
-    table = rows.groupby(keys, sort=False)[["value", "difference"]].std().reset_index()
-    table["seeds saved by pairing, ×"] = 2 * (table["value"] / table["difference"]) ** 2
-    return table.rename(columns={"value": "sd of loss", "difference": "sd of difference"}).sort_values(keys)
+    table = rows.groupby(keys)[["value", "control", "difference"]].std().reset_index()
+    unpaired = (table["value"] ** 2 + table["control"] ** 2) / table["difference"] ** 2
+    names = {"value": "sd of loss", "control": "sd of raw", "difference": "sd of difference"}
+    return table.rename(columns=names).assign(**{"unpaired seeds, ×": unpaired})
 
 
-def per_seed(campaign):
+def per_seed(campaign: Campaign) -> pd.DataFrame:
     rows = paired_rows(campaign, layout).dropna(subset=[REDUCTION])
     rows = rows[(rows["track"] == "main") & (rows[layout.arm] != "initial")]
     table = rows.pivot_table(index=["schedule", "seed"], columns=layout.arm, values=REDUCTION, sort=False)
-    return (100 * table.sort_index()).map("{:+.3f}".format).reset_index()
+    return table.sort_index().map(lambda share: ENGLISH.share(share, 3, signed=True)).reset_index()
 
 
 for campaign in evidence:
-    display(Markdown(f"### {campaign.scope}\n\nReduction against raw weights, %, seed by seed (track main):"))
+    display(Markdown(f"### {campaign.scope}\n\nReduction against raw weights, seed by seed (track main):"))
     display(Markdown(as_markdown(per_seed(campaign).astype(str))))
     display(Markdown(as_markdown(pairing(campaign).map(lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)))))
 
@@ -80,25 +82,14 @@ for campaign in evidence:
 # Each point is one document of the test split: the reduction of its loss by `ema_optimal` against raw weights,
 # averaged over seeds. The documents share the trained models, so they are no replicates of the training.
 
-
 # %%
-def documents(campaign, arm="ema_optimal"):
-    examples = campaign.examples
-    examples = examples[(examples["track"] == "main") & (examples["metric"] == layout.metric)]
-    examples = examples.assign(nats=examples["value"] * examples["tokens"])
-    keys = ["schedule", "example", "seed", "arm"]
-    totals = examples[examples["arm"].isin([arm, layout.control])].groupby(keys)[["nats", "tokens"]].sum()
-    losses = (totals["nats"] / totals["tokens"]).unstack("arm")
-    reduction = (losses[layout.control] - losses[arm]) / losses[layout.control]
-    return reduction.groupby(["schedule", "example"]).mean().rename(REDUCTION).reset_index()
-
-
 for campaign in evidence:
-    table = documents(campaign)
+    table = document_gains(campaign, layout, arm="ema_optimal", by="schedule", where={"track": "main"})
+    scope = campaign.scope_of({"track": "main"})
     gains = table.groupby("schedule")[REDUCTION]
     summary = pd.DataFrame({"documents": gains.size(), "that gain": gains.agg(lambda g: int((g > 0).sum()))})
-    display(Markdown(f"### {campaign.scope}\n\n{as_markdown(summary.reset_index().astype(str))}"))
-    display(Image(to_png(document_figure(table, "schedule", f"Gain by document\n{campaign.scope}"))))
+    display(Markdown(f"### {scope}\n\n{as_markdown(summary.reset_index().astype(str))}"))
+    display(Image(to_png(document_figure(table, "schedule", f"Gain by document\n{scope}"))))
 
 # %% [markdown]
 # ## Verdicts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 import logging
 import re
@@ -167,7 +168,7 @@ def _rows(rows: Iterable[dict[str, Any]], id_fields: Sequence[str] = ()) -> list
         if name in seen:
             name = f"{name} #{index}"
         seen.add(name)
-        documents.append(Document(name, str(row["text"])))
+        documents.append(Document(name, "" if row["text"] is None else str(row["text"])))
     return documents
 
 
@@ -178,20 +179,22 @@ def _local(path: Path) -> list[Document]:
         if path.suffix == ".parquet":
             import pandas
 
-            rows = pandas.read_parquet(path).to_dict("records")
+            frame = pandas.read_parquet(path).astype(object)
+            rows = frame.where(frame.notna(), None).to_dict("records")
         else:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
             if path.suffix == ".txt":
                 rows = [{"text": part} for part in re.split(r"\n[ \t]*\n[ \t]*\n+", text)]
             elif path.suffix == ".csv":
-                rows = list(csv.DictReader(text.splitlines(keepends=True)))
+                csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a document may be long
+                rows = list(csv.DictReader(io.StringIO(text)))
             else:
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it, for example with iconv"
         ) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as {path.suffix}: {error}") from error
     if rows and not all(isinstance(row, dict) and row.get("text") is not None for row in rows):
         found = ", ".join(map(str, rows[0])) if isinstance(rows[0], dict) else type(rows[0]).__name__

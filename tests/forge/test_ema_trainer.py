@@ -1,0 +1,269 @@
+"""EMACallback in the Hugging Face Trainer: updates, evaluation, checkpoints, resuming (section «EMA» of THEORY.md)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from forge.ema import STATE_FILE, EMACallback, load_ema_file
+
+DECAYS = (0.5, 0.99)
+
+
+class Twice(Trainer):
+    """A subclass with its own loss and its own evaluate()."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return (2 * loss[0], *loss[1:]) if isinstance(loss, tuple) else 2 * loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return super().evaluate(*args, **kwargs)
+
+
+class Interrupt(TrainerCallback):
+    """Stops at a step, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_training_stop = control.should_save = True
+
+
+def examples(count: int, seed: int) -> list[dict[str, Tensor]]:
+    rows = torch.randint(0, 40, (count, 8), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def make_trainer(folder: Path, *callbacks: TrainerCallback, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
+    """Five optimizer steps on a random GPT-2 with dropout, evaluating at steps 2, 4 and 5."""
+    compute_metrics, datasets = options.pop("compute_metrics", None), options.pop("eval_dataset", examples(5, seed=2))
+    set_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, vocab_size=40, resid_pdrop=0.3)
+    settings: dict[str, Any] = {
+        "max_steps": 5,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+    }
+    fixed = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0, "dataloader_pin_memory": False}
+    return kind(
+        model=GPT2LMHeadModel(config),
+        args=TrainingArguments(output_dir=str(folder), **(settings | fixed | options)),
+        train_dataset=examples(12, seed=1),
+        eval_dataset=datasets,
+        compute_metrics=compute_metrics,
+        callbacks=list(callbacks),
+    )
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+# Training and evaluation ----------------------------------------------------------------------------------------------
+
+
+def test_one_update_per_optimizer_step_and_the_trajectory_is_untouched(tmp_path: Path) -> None:
+    ema = EMACallback(DECAYS)
+    trainer = make_trainer(tmp_path, ema, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == ema.ema.step == 5
+    assert not same(ema.ema.averages(0.5), weights_of(trainer))
+    plain = make_trainer(tmp_path, gradient_accumulation_steps=2)
+    plain.train()
+    assert same(weights_of(trainer), weights_of(plain))
+
+
+def test_average_follows_equation_1_over_the_trainers_steps(tmp_path: Path) -> None:
+    class Record(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trajectory.append({n: p.detach().clone() for n, p in kwargs["model"].named_parameters()})
+
+    trajectory: list[dict[str, Tensor]] = []
+    ema = EMACallback(0.5)
+    trainer = make_trainer(tmp_path, ema, Record(), gradient_accumulation_steps=2)
+    expected = weights_of(trainer)
+    trainer.train()
+    for weights in trajectory:
+        expected = {name: 0.5 * average + 0.5 * weights[name] for name, average in expected.items()}
+    for name, average in ema.ema.averages().items():
+        torch.testing.assert_close(average, expected[name])
+
+
+@pytest.mark.parametrize("kind", [Trainer, Twice])
+def test_metrics_of_the_averages(tmp_path: Path, kind: type[Trainer]) -> None:
+    ema = EMACallback(DECAYS)
+    trainer = make_trainer(tmp_path, kind=kind)
+    trainer.add_callback(ema)
+    assert not any("ema" in key for key in trainer.evaluate())
+    trainer.train()
+    raw = weights_of(trainer)
+    metrics = trainer.evaluate()
+    assert same(weights_of(trainer), raw)
+    quiet = make_trainer(tmp_path, kind=kind)
+    quiet.model.load_state_dict(trainer.model.state_dict())
+    assert metrics["eval_loss"] == quiet.evaluate()["eval_loss"]
+    for decay in DECAYS:
+        ema.apply_ema(quiet.model, decay)
+        assert metrics[f"eval_ema_{decay}_loss"] == quiet.evaluate()["eval_loss"] != metrics["eval_loss"]
+        ema.restore()
+        logged = [row["step"] for row in trainer.state.log_history if f"eval_ema_{decay}_loss" in row]
+        assert logged == [2, 4, 5, 5]
+
+
+def test_metrics_of_a_dict_of_datasets_and_of_compute_metrics(tmp_path: Path) -> None:
+    def count(prediction: Any) -> dict[str, float]:
+        return {"examples": len(prediction.predictions), "my_runtime": 1.0}
+
+    ema = EMACallback(0.99)
+    datasets = {"near": examples(3, seed=3), "far": examples(4, seed=4)}
+    trainer = make_trainer(tmp_path, ema, eval_dataset=datasets, compute_metrics=count, max_steps=2)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_near_ema_0.99_examples"] == 3 and metrics["eval_far_ema_0.99_examples"] == 4
+    assert metrics["eval_near_ema_0.99_loss"] != metrics["eval_near_loss"]
+    assert metrics["eval_near_ema_0.99_loss"] != metrics["eval_far_ema_0.99_loss"]
+    assert "test_ema_0.99_loss" in trainer.evaluate(examples(2, seed=5), metric_key_prefix="test")
+
+
+def test_ignore_keys_reach_the_evaluation_of_the_averages(tmp_path: Path) -> None:
+    class Recording(Trainer):
+        def prediction_step(self, *args: Any, ignore_keys: list[str] | None = None, **kwargs: Any) -> Any:
+            seen.append(ignore_keys)
+            return super().prediction_step(*args, ignore_keys=ignore_keys, **kwargs)
+
+    seen: list[list[str] | None] = []
+    trainer = make_trainer(tmp_path, EMACallback(0.9), kind=Recording, max_steps=1)
+    trainer.train()
+    seen.clear()
+    trainer.evaluate(ignore_keys=["past_key_values"])
+    assert seen == 6 * [["past_key_values"]]
+
+
+def test_evaluation_can_be_switched_off_and_skips_applied_weights(tmp_path: Path) -> None:
+    off, on = EMACallback(0.9, evaluate=False), EMACallback(0.9)
+    for ema in (off, on):
+        trainer = make_trainer(tmp_path, ema, max_steps=1)
+        trainer.train()
+        with ema.use_ema():
+            assert "eval_ema_0.9_loss" not in trainer.evaluate()
+        assert ("eval_ema_0.9_loss" in trainer.evaluate()) == (ema is on)
+
+
+def test_second_training_starts_anew(tmp_path: Path) -> None:
+    ema = EMACallback(0.5)
+    trainer = make_trainer(tmp_path, ema)
+    trainer.train()
+    start = weights_of(trainer)
+    trainer.args.max_steps, trainer.args.learning_rate = 2, 0.0
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert ema.ema.step == 2 and same(ema.ema.averages(), start)
+
+
+def test_wrong_options_are_refused_when_the_callback_is_made() -> None:
+    state = torch.random.get_rng_state()
+    EMACallback()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(ValueError, match="update_every must be"):
+        EMACallback(update_every=0)
+    with pytest.raises(ValueError, match=r"decay must be a number in \(0, 1\), got 1"):
+        EMACallback(1)
+    with pytest.raises(TypeError, match="updateevery"):
+        EMACallback(updateevery=2)
+    with pytest.raises(RuntimeError, match="no EMA yet; train first"):
+        EMACallback().use_ema()
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tmp_path: Path, moved: bool) -> None:
+    whole = EMACallback(DECAYS, bias_correction=True, update_every=2)
+    uninterrupted = make_trainer(tmp_path / "whole", whole, save_strategy="steps", save_steps=3)
+    uninterrupted.train()
+
+    first = EMACallback(DECAYS, bias_correction=True, update_every=2)
+    make_trainer(tmp_path / "part", first, Interrupt(3)).train()
+    assert first.ema.step == 3
+    checkpoint = tmp_path / "part" / "checkpoint-3"
+    if moved:  # elsewhere, while output_dir holds a checkpoint of the same step with other averages
+        elsewhere = checkpoint.rename(tmp_path / "elsewhere")
+        shutil.copytree(tmp_path / "whole" / "checkpoint-5", checkpoint)
+        checkpoint = elsewhere
+    second = EMACallback(DECAYS, bias_correction=True, update_every=2)
+    resumed = make_trainer(tmp_path / "part", second)
+    torch.rand(3)  # the state of the random numbers comes from the checkpoint
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    assert resumed.state.global_step == second.ema.step == 5
+    assert same(weights_of(resumed), weights_of(uninterrupted))
+    for decay in DECAYS:
+        assert same(second.ema.averages(decay), whole.ema.averages(decay))
+
+
+def test_resuming_without_the_averages_is_an_error_unless_they_are_loaded(tmp_path: Path) -> None:
+    first = EMACallback(0.9)
+    make_trainer(tmp_path, first, Interrupt(3)).train()
+    state = load_ema_file(tmp_path / "checkpoint-3" / STATE_FILE)
+    (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"checkpoint-3 holds no {STATE_FILE}; use a checkpoint that was"):
+        make_trainer(tmp_path, EMACallback(0.9)).train(resume_from_checkpoint=True)
+    second = EMACallback(0.9)
+    second.load_ema_state(state)
+    make_trainer(tmp_path, second).train(resume_from_checkpoint=True)
+    assert second.ema.step == 5
+
+
+def test_best_model_by_the_metric_of_an_average(tmp_path: Path) -> None:
+    class WorseAfterTwo(Trainer):
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().evaluation_loop(*args, **kwargs)
+            if kwargs["metric_key_prefix"] == "eval_ema_0.99":
+                output.metrics["eval_ema_0.99_loss"] = 1.0 if self.state.global_step == 2 else 2.0
+            return output
+
+    class AtTwo(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                kept.append(({n: t.clone() for n, t in ema.ema.averages(0.99).items()}, weights_of(trainer)))
+
+    kept: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    ema = EMACallback(DECAYS)
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_ema_0.99_loss", "greater_is_better": False}
+    trainer = make_trainer(tmp_path, ema, AtTwo(), kind=WorseAfterTwo, **saving, **best)
+    trainer.train()
+    assert trainer.state.best_metric == 1.0 and trainer.state.best_global_step == 2
+    averages, weights = kept[0]
+    assert same(weights_of(trainer), weights)
+    assert same(ema.ema.averages(0.99), averages) and ema.ema.step == 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert load_ema_file(tmp_path / "checkpoint-2" / STATE_FILE)["step"] == 2
+    assert not list(tmp_path.rglob("*.tmp"))
