@@ -35,6 +35,7 @@ check: $(READY)
 tables: $(READY)
 	$(PY) -m analysis.tables
 	$(PY) -m analysis.figures
+	$(PY) -m analysis.notebooks.build
 	$(PY) -m analysis.theory
 
 clean:
