@@ -58,7 +58,9 @@ def offences(package, forbidden, *, but=(), besides=()):
 def test_the_reader_of_imports_sees_every_form(tmp_path, monkeypatch):
     path = tmp_path / "pkg" / "module.py"
     path.parent.mkdir()
-    path.write_text("import a.b, c\nfrom d import e\ndef f():\n  from . import g\n  from .h import i\n  import_module('j')\n")
+    path.write_text(
+        "import a.b, c\nfrom d import e\ndef f():\n  from . import g\n  from .h import i\n  import_module('j')\n"
+    )
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     assert set(imports(path)) == {"a.b", "c", "d.e", "pkg.g", "pkg.h.i", "j"}
 
@@ -83,9 +85,8 @@ def test_analysis_never_trains():
 def run_python(*arguments):
     """Standard output of a fresh interpreter in the root of the repository."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -158,7 +159,7 @@ def test_a_claim_id_used_by_two_experiments_is_refused(monkeypatch):
     real = experiment.load_experiment("ema_ablation")
     monkeypatch.setattr(experiment, "experiment_names", lambda: ["one", "two"])
     monkeypatch.setattr(experiment, "load_experiment", lambda name: real)
-    with pytest.raises(ValueError, match="claim id .* is taken by ema_ablation"):
+    with pytest.raises(ValueError, match=r"claim id .* is taken by ema_ablation"):
         experiment.load_experiments()
 
 

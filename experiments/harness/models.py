@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Method = Literal["full", "lora", "qlora"]
 
 TINY = "tiny-random"
-"""A byte-level Llama of 115 thousand random weights that needs no download: tests, and long runs on a CPU."""
+"""A byte-level Llama of 117 thousand random weights that needs no download: tests, and long runs on a CPU."""
 
 
 @dataclass(frozen=True)

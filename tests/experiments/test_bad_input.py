@@ -122,9 +122,7 @@ def test_model_folders(refused, tmp_path):
     folder.mkdir()
     assert "has no config.json" in refused("--model", folder)
     (folder / "config.json").write_text("{}")
-    assert "has no *.safetensors; save it so, or give --random-init" in refused(
-        "--model", folder, "--no-random-init"
-    )
+    assert "has no *.safetensors; save it so, or give --random-init" in refused("--model", folder, "--no-random-init")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -69,5 +69,6 @@ def test_a_region_is_an_interval(low, high):
 
 
 def test_an_experiment_refuses_a_claim_id_twice():
-    with pytest.raises(ValueError, match=f"claim ids must be unique, repeated in ema_ablation: {EXPERIMENT.claims[0].id}"):
-        dataclasses.replace(EXPERIMENT, claims=(*EXPERIMENT.claims, EXPERIMENT.claims[0]))
+    first = EXPERIMENT.claims[0]
+    with pytest.raises(ValueError, match=f"claim ids must be unique, repeated in ema_ablation: {first.id}"):
+        dataclasses.replace(EXPERIMENT, claims=(*EXPERIMENT.claims, first))

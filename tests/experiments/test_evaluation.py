@@ -34,7 +34,7 @@ def by_hand(model, blocks):
     for ids, owner in zip(blocks.input_ids, blocks.document, strict=True):
         for t in range(1, len(ids)):
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids[:t]])).logits[0, -1].double()
+                logits = model(input_ids=torch.from_numpy(ids[None, :t])).logits[0, -1].double()
             nll = torch.logsumexp(logits, 0) - logits[ids[t]]
             entry = sums.setdefault(blocks.document_ids[owner[t]], [0.0, 0])
             entry[0] += float(nll)

