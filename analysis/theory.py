@@ -184,7 +184,7 @@ def _need(verdict: Verdict) -> str:
     if missing := verdict.n_planned - verdict.n_ok:
         return f"нет результата у {missing} из {verdict.n_planned} запусков"
     if verdict.interval is None:
-        return f"оценить нельзя: {verdict.reason}"
+        return "оценить нельзя, причина — в таблице"
     if verdict.seeds_needed is not None:
         return f"хватило бы сидов: ≈{verdict.seeds_needed}"
     if isinstance(verdict.claim.estimand, ExactRatio):
