@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from experiments.harness.experiment import Experiment, UserError, load_experiment, load_experiments, unknown
+from experiments.harness.experiment import (
+    WRONG_INPUT,
+    Experiment,
+    UserError,
+    load_experiment,
+    load_experiments,
+    unknown,
+)
 from experiments.harness.record import TrialRecord, TrialSpec, read_records, record_path
 
 DEFAULT_SCALE = "laptop"
@@ -60,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(experiment, options, settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return WRONG_INPUT
 
 
 def _list(argv: Sequence[str]) -> int:
@@ -130,7 +137,8 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
         _check_writable(options.results)
         _fetch_weights(specs)
         deadline = None if seconds is None else time.time() + seconds
-        _run_workers(specs, records, options, deadline, console)
+        if WRONG_INPUT in _run_workers(specs, records, options, deadline, console):
+            return WRONG_INPUT
         records = _records(experiment, specs, options.results, console)
     return _report(experiment, specs, records, options)
 
@@ -214,7 +222,8 @@ def _run_workers(
     options: RunOptions,
     deadline: float | None,
     console: Any,
-) -> None:
+) -> set[int | None]:
+    """Run the missing trials and return the exit codes of the workers."""
     from experiments.harness.display import Progress
     from experiments.harness.queue import enqueue, open_study
     from experiments.harness.tracking import default_mode
@@ -245,6 +254,7 @@ def _run_workers(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for worker in workers:
         worker.join()
+    return {worker.exitcode for worker in workers}
 
 
 def _report(

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 from experiments.harness.claims import Claim
 from experiments.harness.record import Measurements, TrialSpec
 
+WRONG_INPUT = 2
+"""Exit code of a command, or of a worker process, that was asked for something impossible."""
+
 
 class UserError(Exception):
     """Wrong input: one line with the rule, the value and the fix; exit code 2 on the command line."""

@@ -43,7 +43,7 @@ def open_study(storage: str, spec: TrialSpec) -> Study:
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     name = f"{spec.experiment}-v{spec.version}-{spec.scale}-{spec.campaign_id}"
     try:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from experiments.harness import provenance
-from experiments.harness.experiment import Experiment, Preempted, load_experiment
+from experiments.harness.experiment import WRONG_INPUT, Experiment, Preempted, UserError, load_experiment
 from experiments.harness.queue import open_study, work
 from experiments.harness.record import Measurements, Status, TrialRecord, TrialSpec, record_path, write_record
 from experiments.harness.tracking import WandbMode, wandb_run
@@ -98,7 +99,11 @@ def run_worker(config: WorkerConfig) -> None:
         torch.set_num_threads(config.threads)
     experiment = load_experiment(config.specs[0].experiment)
     study = open_study(config.storage, config.specs[0])
-    work(study, lambda spec: _run_and_record(experiment, spec, config, should_stop), should_stop)
+    try:
+        work(study, lambda spec: _run_and_record(experiment, spec, config, should_stop), should_stop)
+    except UserError as error:  # wrong input that only a trial could notice is no outcome of the trial
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
 
 
 def _quieten_libraries() -> None:
@@ -130,6 +135,8 @@ def _run_and_record(
         status, error = _judge(measurements)
     except Preempted:
         return False
+    except UserError:
+        raise
     except Exception as exception:  # noqa: BLE001  whatever a trial dies of becomes its record
         measurements = Measurements()
         status, error = _failure(exception)

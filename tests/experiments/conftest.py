@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-m", "experiments.run"]
 
 SMALL = ["ema_ablation", "--scale", "smoke", "--wandb", "disabled", "--seeds", "1", "--schedules", "constant"]
 SMALL += ["--late-evaluations", "2", "--length.steps", "2", "--length.late-evaluations", "1"]
-LONG = [*SMALL, "--steps", "250"]
+LONG = [*SMALL, "--steps", "120"]
 """Two trials; the first trains long enough (seconds) to be interrupted in the middle, the second hardly at all."""
 
 
@@ -47,7 +47,7 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
             command,
             cwd=ROOT,
             env=environment(**changes),
-            preexec_fn=on_one_core,
+            preexec_fn=None if "--workers" in arguments else on_one_core,
             capture_output=True,
             text=True,
             timeout=400,

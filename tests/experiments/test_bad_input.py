@@ -147,14 +147,20 @@ def test_a_queue_that_cannot_be_opened(refused, tmp_path, arguments):
     assert not list((tmp_path / "results").rglob("*.json"))
 
 
-@pytest.mark.xfail(strict=True, reason="run.py checks these only inside the trials, which become crashed records")
 @pytest.mark.parametrize(
-    "arguments",
-    [["--method", "qlora"], ["--sequence-length", "1000000"]],
-    ids=" ".join,
+    ("arguments", "words"),
+    [
+        (["--method", "qlora"], "it needs a model with weights"),
+        (["--sequence-length", "1000000"], "fewer than one block of 1000000"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_no_trial_could_run(refused, inline_cli, tmp_path, arguments, capsys):
-    assert inline_cli(*SMOKE, "--seeds", "1", *arguments) == 2
+def test_what_only_a_trial_notices_is_no_record(cli, tmp_path, arguments, words):
+    places = ["--results", tmp_path / "results", "--runs", tmp_path / "runs", "--wandb", "disabled"]
+    done = cli(*SMOKE, "--seeds", "1", "--schedules", "constant", *arguments, *places)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if words in line and line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
     assert not list((tmp_path / "results").rglob("*.json"))
 
 

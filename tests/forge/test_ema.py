@@ -221,14 +221,16 @@ def test_frozen_parameters_are_neither_averaged_nor_written() -> None:
 
 
 def test_lora_averages_only_the_adapters() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     names = EMAModel(model).averages().keys()
     assert len(names) == 4 and all("lora_" in name for name in names)
 
 
 def test_quantised_and_integer_parameters_are_skipped() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     model = nn.ParameterDict(
         {
             "frozen": nn.Parameter(torch.randn(3), requires_grad=False),
