@@ -234,6 +234,11 @@ def _with_lora(network: nn.Module, *, quantised: bool) -> nn.Module:
     projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
     if quantised:
         network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
+        for module in network.modules():
+            # On a CPU, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel without a backward
+            # pass: whatever is trained after that gets wrong gradients, silently.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     targets = sorted(projections) if projections <= names else None
     return get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
 

@@ -119,10 +119,14 @@ def inline_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Call
     class Inline:
         def __init__(self, target: Callable[..., None], args: tuple[Any]) -> None:
             self._target = target
+            self.exitcode: Any = 0
             self._config = dataclasses.replace(args[0], parent=os.getppid(), threads=1)
 
         def start(self) -> None:
-            self._target(self._config)
+            try:
+                self._target(self._config)
+            except SystemExit as exit:
+                self.exitcode = exit.code
 
         def is_alive(self) -> bool:
             return False

@@ -253,6 +253,22 @@ def test_gradients_flow_through_quantised_layers(folders):
         assert torch.cosine_similarity(gradients["qlora"][name], gradient, 0) > 0.99, name
 
 
+def test_an_evaluation_does_not_change_the_gradients_of_quantised_training(folders):
+    """On a CPU bitsandbytes repacks the weights at an evaluation, for a kernel whose backward pass is wrong."""
+    model = load_causal_lm(str(folders / "mistral"), method="qlora")
+    ids = torch.arange(64).view(2, 32)
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    assert before and all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
+
+
 def test_pickled_weights_are_refused(folders, tmp_path):
     folder = tmp_path / "pickled"
     folder.mkdir()
