@@ -109,5 +109,5 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> str:
     """``unknown scale 'labtop'; did you mean laptop? (known: cpu, gpu, laptop)``."""
     known = sorted(known)
     near = difflib.get_close_matches(value, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown {kind} {value!r}; {hint}(known: {', '.join(known)})"
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {kind} {value!r}{hint} (known: {', '.join(known)})"
