@@ -25,6 +25,7 @@ from experiments.harness.causal_lm import CausalLMRun, losses_on_test, prepare
 from experiments.harness.claims import (
     ArgBestShift,
     Claim,
+    Estimand,
     ExactRatio,
     Region,
     Regret,
@@ -335,83 +336,97 @@ def _checks(
     ]
 
 
-def _claims_for(schedule: Schedule) -> list[Claim]:
+_LOSS, _RAW, _OPTIMAL = EVAL_LOSS.name, {"arm": "raw"}, {"arm": "ema_optimal"}
+_GUIDE = tuple({"arm": f"ema_{decay}"} for decay in ("0.99", "0.999", "0.9999"))
+_GAIN, _NO_WORSE, _AT_MOST_HALF = Region(low=0.01), Region(high=0.0), Region(high=0.005)
+
+
+def _claim(schedule: Schedule, id: str, statement: str, source: str, estimand: Estimand, region: Region) -> Claim:
     word = {"constant": "при постоянном learning rate", "cosine": "при cosine-расписании"}[schedule]
+    return Claim(f"{id}-{schedule}", f"{statement} ({word})", "ema", source, estimand, region)
+
+
+def _fine_tuning_claims(schedule: Schedule) -> list[Claim]:
     main = {"track": "main", "schedule": schedule, "split": "test"}
     late = {"track": "main", "schedule": schedule, "split": "validation"}
-    length = {"track": "length", "schedule": schedule, "split": "test"}
-    guide = tuple({"arm": f"ema_{d}"} for d in ("0.99", "0.999", "0.9999"))
-    loss, raw, optimal = EVAL_LOSS.name, {"arm": "raw"}, {"arm": "ema_optimal"}
-    gain, none_worse, at_most_half = Region(low=0.01), Region(high=0.0), Region(high=0.005)
-
-    def claim(id: str, statement: str, source: str, estimand: Any, region: Region) -> Claim:
-        return Claim(f"{id}-{schedule}", f"{statement} ({word})", "ema", source, estimand, region)
-
-    claims = [
-        claim(
+    return [
+        _claim(
+            schedule,
             "ema-0.999-lowers-loss",
             "EMA с decay = 0.999 снижает eval loss не менее чем на 1 %",
             "seed 003, «Типичное улучшение: +1–3 %»; seed 000, «Ожидаемое улучшение»",
-            RelativeReduction(loss, {"arm": "ema_0.999"}, raw, main),
-            gain,
+            RelativeReduction(_LOSS, {"arm": "ema_0.999"}, _RAW, main),
+            _GAIN,
         ),
-        claim(
+        _claim(
+            schedule,
             "ema-optimal-lowers-loss",
             "EMA с compute_optimal_decay(T) снижает eval loss не менее чем на 1 %",
             "seed 003, «Типичное улучшение: +1–3 %», «Автоматический расчёт»",
-            RelativeReduction(loss, optimal, raw, main),
-            gain,
+            RelativeReduction(_LOSS, _OPTIMAL, _RAW, main),
+            _GAIN,
         ),
-        claim(
+        _claim(
+            schedule,
             "ema-optimal-near-best",
             "compute_optimal_decay(T) проигрывает лучшему из 0.99, 0.999, 0.9999 не более 0,5 %",
             "seed 003, «Автоматический расчёт»",
-            Regret(loss, optimal, guide, main),
-            at_most_half,
+            Regret(_LOSS, _OPTIMAL, _GUIDE, main),
+            _AT_MOST_HALF,
         ),
-        claim(
+        _claim(
+            schedule,
             "ema-reduces-spread",
             "EMA с compute_optimal_decay(T) уменьшает разброс eval loss между поздними чекпоинтами",
             "seed 003, «Почему EMA работает?»; seed 000, «EMA усредняет эти колебания»",
-            SpreadReduction(loss, optimal, raw, late),
-            Region(low=0.0),
-        ),
-        claim(
-            "ema-best-decay-grows",
-            "Чем длиннее обучение, тем ближе лучший decay к 1 (1 000 → 10 000 шагов)",
-            "seed 003, «Выбор decay», «Правило»",
-            ArgBestShift(loss, "horizon_steps", {"steps": 1_000}, {"steps": 10_000}, length),
+            SpreadReduction(_LOSS, _OPTIMAL, _RAW, late),
             Region(low=0.0),
         ),
     ]
-    for steps, best in ((1_000, "0.99"), (10_000, "0.999")):
-        rivals = tuple(arm for arm in guide if arm["arm"] != f"ema_{best}")
-        at = {**length, "steps": steps}
-        words = f"{steps:_}".replace("_", " ")
-        claims.append(
-            claim(
-                f"ema-{best}-best-at-{steps}",
-                f"При ~{words} шагов из 0.99, 0.999, 0.9999 лучший decay — {best}",
-                "seed 003, «Выбор decay», таблица",
-                Regret(loss, {"arm": f"ema_{best}"}, rivals, at),
-                none_worse,
-            )
+
+
+def _length_claims(schedule: Schedule) -> list[Claim]:
+    length = {"track": "length", "schedule": schedule, "split": "test"}
+    claims = [
+        _claim(
+            schedule,
+            "ema-best-decay-grows",
+            "Чем длиннее обучение, тем ближе лучший decay к 1 (1 000 → 10 000 шагов)",
+            "seed 003, «Выбор decay», «Правило»",
+            ArgBestShift(_LOSS, "horizon_steps", {"steps": 1_000}, {"steps": 10_000}, length),
+            Region(low=0.0),
         )
-        claims.append(
-            claim(
+    ]
+    grid = tuple({"arm": f"ema_{decay:g}"} for decay in _TINY_LENGTH.decays)
+    for steps, best in ((1_000, {"arm": "ema_0.99"}), (10_000, {"arm": "ema_0.999"})):
+        decay, words = best["arm"].removeprefix("ema_"), f"{steps:_}".replace("_", " ")
+        at = {**length, "steps": steps}
+        claims += [
+            _claim(
+                schedule,
+                f"ema-{decay}-best-at-{steps}",
+                f"При ~{words} шагов из 0.99, 0.999, 0.9999 лучший decay — {decay}",
+                "seed 003, «Выбор decay», таблица",
+                Regret(_LOSS, best, tuple(arm for arm in _GUIDE if arm != best), at),
+                _NO_WORSE,
+            ),
+            _claim(
+                schedule,
                 f"ema-optimal-near-best-at-{steps}",
                 f"При {words} шагов compute_optimal_decay(T) проигрывает лучшему decay сетки не более 0,5 %",
                 "seed 003, «Автоматический расчёт»",
-                Regret(loss, optimal, tuple({"arm": f"ema_{d:g}"} for d in _TINY_LENGTH.decays), at),
-                at_most_half,
-            )
-        )
+                Regret(_LOSS, _OPTIMAL, grid, at),
+                _AT_MOST_HALF,
+            ),
+        ]
     return claims
 
 
 CLAIMS = (
-    *_claims_for("constant"),
-    *_claims_for("cosine"),
+    *_fine_tuning_claims("constant"),
+    *_length_claims("constant"),
+    *_fine_tuning_claims("cosine"),
+    *_length_claims("cosine"),
     Claim(
         "ema-extra-memory",
         "EMA требует дополнительно столько памяти, сколько занимают усредняемые веса (одна копия, веса в fp32)",
