@@ -123,7 +123,7 @@ SCALES = {
         ),
         length=dataclasses.replace(_TINY_LENGTH, steps=(4, 8), validation_blocks=4, test_blocks=8),
     ),
-    "laptop": Settings(seeds=3, main=Track(steps=(40,), validation_blocks=8, test_blocks=32)),
+    "laptop": Settings(seeds=3, main=Track(steps=(40,), validation_blocks=6, test_blocks=24)),
     "cpu": Settings(seeds=5, main=Track(steps=(200,)), length=_TINY_LENGTH),
     "gpu": Settings(
         seeds=3,
