@@ -125,12 +125,15 @@ class EMAModel:
         tracks = list(self._tracks.values())
         for track in tracks:
             track.follow_device()
-        alike = all(t.values.dtype == t.parameter.dtype and t.values.device == t.parameter.device for t in tracks)
-        if alike and len(weights) == 1:
-            torch._foreach_lerp_([t.average(0) for t in tracks], [t.parameter.detach() for t in tracks], weights[0])
-        else:
-            for track in tracks:
-                track.lerp(weights)
+        if len(weights) == 1 and all(track.alike for track in tracks):
+            torch._foreach_lerp_([t.average(0) for t in tracks], [t.parameter for t in tracks], weights[0])
+            return
+        columns: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        for track in tracks:
+            kind = (track.values.dtype, track.values.device)
+            if kind not in columns:
+                columns[kind] = torch.tensor(weights, dtype=kind[0], device=kind[1]).view(-1, 1)
+            track.lerp(columns[kind])
 
     @torch.no_grad()
     def apply_ema(self, decay: float | None = None, *, backup: bool = True) -> None:
@@ -229,41 +232,57 @@ class _Track:
         self._decays = decays
         self._follows_device = device is None
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        self.values = torch.empty(decays * parameter.numel(), dtype=dtype, device=device or parameter.device)
+        self._hold(torch.empty(decays * parameter.numel(), dtype=dtype, device=device or parameter.device))
         for index in range(decays):
             self.set_average(index, parameter.detach())
+
+    def _hold(self, values: Tensor) -> None:
+        """Keep the averages and views of them: the whole blocks (m, k, _BLOCK) and what is left (1, k, rest)."""
+        self.values, size = values, self.parameter.numel()
+        whole = size // _BLOCK * _BLOCK
+        parts = [(slice(0, whole), _BLOCK), (slice(whole, size), size - whole)]
+        self._pieces = [
+            (values[part.start * self._decays : part.stop * self._decays].view(-1, self._decays, width), part)
+            for part, width in parts
+            if part.stop > part.start
+        ]
+        self._only = values.view(self.parameter.shape) if self._decays == 1 else None
+
+    @property
+    def alike(self) -> bool:
+        """Whether parameter and averages are of one dtype on one device."""
+        return self.values.dtype == self.parameter.dtype and self.values.device == self.parameter.device
 
     def follow_device(self) -> None:
         """Move the averages to where the parameter is now, unless they were given a device of their own."""
         if self._follows_device and self.values.device != self.parameter.device:
-            self.values = self.values.to(self.parameter.device)
+            self._hold(self.values.to(self.parameter.device))
 
-    def lerp(self, weights: list[float]) -> None:
-        """Move the average number i towards the parameter by ``weights[i]``."""
-        blocks, rest = self._parts(self.values, self._decays)
-        new_blocks, new_rest = self._parts(self.parameter.detach().reshape(-1), 1)
-        column = torch.tensor(weights, dtype=self.values.dtype, device=self.values.device).view(-1, 1)
-        for part, new in zip(torch.split(blocks, _CHUNK_BLOCKS), torch.split(new_blocks, _CHUNK_BLOCKS), strict=True):
-            part.lerp_(new.to(part), column)
-        if rest.numel():
-            rest.lerp_(new_rest.to(rest), column)
+    def lerp(self, weights: Tensor) -> None:
+        """Move the average number i towards the parameter by ``weights[i]``; weights of shape (k, 1)."""
+        alike, flat = self.alike, self.parameter.reshape(-1)
+        for piece, part in self._pieces:
+            new = (flat if len(self._pieces) == 1 else flat[part]).view(len(piece), 1, -1)
+            if alike:
+                piece.lerp_(new, weights)
+                continue
+            for some, new_some in zip(piece.split(_CHUNK_BLOCKS), new.split(_CHUNK_BLOCKS), strict=True):
+                some.lerp_(new_some.to(some), weights)
 
     def average(self, index: int) -> Tensor:
         """One average in the parameter's shape: a view if there is only one decay, else a copy."""
-        if self._decays == 1:
-            return self.values.view(self.parameter.shape)
-        blocks, rest = self._parts(self.values, self._decays)
-        return torch.cat([blocks[:, index].reshape(-1), rest[index]]).view(self.parameter.shape)
+        if self._only is not None:
+            return self._only
+        average = self.values.new_empty(self.parameter.shape)
+        for piece, part in self._pieces:
+            average.view(-1)[part].view(len(piece), -1).copy_(piece[:, index])
+        return average
 
     def set_average(self, index: int, average: Tensor) -> None:
         """Overwrite one average."""
-        for part, new in zip(self._parts(self.values, self._decays), self._parts(average.reshape(-1), 1), strict=True):
-            part[..., index : index + 1, :].copy_(new)
-
-    def _parts(self, flat: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-        """Views (blocks, copies, _BLOCK) and (copies, rest) of interleaved averages; of the parameter as copies = 1."""
-        whole = flat.numel() // copies // _BLOCK * _BLOCK * copies
-        return flat[:whole].view(-1, copies, _BLOCK), flat[whole:].view(copies, -1)
+        flat = average.reshape(-1)
+        for piece, part in self._pieces:
+            piece[:, index].copy_(flat[part].view(len(piece), -1))
 
 
 def save_ema_file(state: Mapping[str, Any], path: Path) -> None:
