@@ -266,7 +266,7 @@ class _Track:
             if alike:
                 piece.lerp_(new, weights)
                 continue
-            for some, new_some in zip(piece.split(_CHUNK_BLOCKS), new.split(_CHUNK_BLOCKS), strict=True):
+            for some, new_some in zip(torch.split(piece, _CHUNK_BLOCKS), torch.split(new, _CHUNK_BLOCKS), strict=True):
                 some.lerp_(new_some.to(some), weights)
 
     def average(self, index: int) -> Tensor:
