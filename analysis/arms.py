@@ -38,6 +38,8 @@ class Layout:
     where: Selector = field(default_factory=lambda: {"split": "test"})
     arm: str = "arm"
     """The condition, or the factor, whose levels are compared within a seed."""
+    conditions: tuple[str, ...] = ()
+    """Conditions of a row that vary within a trial as factors do between trials: a table row for each level."""
     control: Scalar = "raw"
     """The level that the others are paired with."""
     order: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
@@ -45,7 +47,15 @@ class Layout:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "ema_ablation": Layout(order={"track": ("main", "length"), "steps": (), "schedule": ("constant", "cosine")})
+    "ema_ablation": Layout(order={"track": ("main", "length"), "steps": (), "schedule": ("constant", "cosine")}),
+    "polyak_averaging": Layout(
+        metric="excess_loss",
+        also=("squared_error",),
+        where={"track": "rates"},
+        conditions=("schedule",),
+        control="last",
+        order={"world": ("quadratic",), "condition_number": (), "noise": (), "schedule": ("constant",)},
+    ),
 }
 """Experiments whose table differs from the default one."""
 
@@ -56,8 +66,9 @@ def layout_of(experiment: str) -> Layout:
 
 
 def factors_of(campaign: Campaign) -> list[str]:
-    """Names of the factors of a campaign, in the order of its layout."""
+    """Names of the factors of a campaign, conditions that act as factors included, in the order of its layout."""
     names = {name for record in campaign.records for name in record.spec.factors}
+    names |= set(layout_of(campaign.experiment).conditions)
     first = [name for name in layout_of(campaign.experiment).order if name in names]
     return [*first, *sorted(names - set(first))]
 
@@ -76,7 +87,7 @@ def final_rows(campaign: Campaign, layout: Layout) -> pd.DataFrame:
         raise CannotEstimate(f"no trial that succeeded recorded {layout.metric} at {where}")
     if layout.arm not in rows.columns:
         raise CannotEstimate("an arm table needs the arms: " + unknown("condition", layout.arm, rows.columns))
-    last = rows.groupby(["trial_id", layout.arm])["step"].transform("max")
+    last = rows.groupby(["trial_id", *layout.conditions, layout.arm], dropna=False)["step"].transform("max")
     return rows[rows["step"] == last]
 
 

@@ -19,7 +19,9 @@ from scipy import stats
 from experiments.harness.claims import (
     ArgBestShift,
     Estimand,
+    Exact,
     ExactRatio,
+    LogLogSlope,
     Regret,
     RelativeReduction,
     Selector,
@@ -28,6 +30,7 @@ from experiments.harness.claims import (
 from experiments.harness.experiment import unknown
 
 MIN_SPREAD_STEPS = 4
+MIN_SLOPE_STEPS = 4
 
 
 class CannotEstimate(ValueError):
@@ -42,8 +45,8 @@ def per_seed_values(estimand: Estimand, observations: pd.DataFrame) -> pd.Series
         observations: tidy rows as ``analysis.load.Campaign.observations`` gives them.
 
     Returns:
-        One dimensionless value per seed, indexed by ``seed`` in rising order; for ``ExactRatio`` one per trial,
-        indexed by ``trial_id``.
+        One dimensionless value per seed, indexed by ``seed`` in rising order; for an exact one one per
+        trial, indexed by ``trial_id``.
 
     Raises:
         CannotEstimate: if a selector is wrong or ambiguous, a pair is incomplete, or a value is not usable.
@@ -68,6 +71,11 @@ def per_seed_values(estimand: Estimand, observations: pd.DataFrame) -> pd.Series
             _require_same_steps(select(rows, treatment), select(rows, control))
             t, c = _arms(rows, {"treatment": treatment, "control": control}, _residual_sd)
             return 1 - t / _positive(c, f"residual standard deviation of {metric} of the control")
+        case LogLogSlope(metric, arm):
+            (slopes,) = _arms(_of_metric(rows, metric), {"arm": arm}, partial(_log_log_slopes, rule=estimand))
+            return slopes
+        case Exact(inner):
+            return _per_trial(inner, rows)
         case ExactRatio(numerator, denominator):
             top, bottom = (_one_each(_of_metric(rows, name), ["trial_id"], name) for name in (numerator, denominator))
             _require_same("trial", {numerator: top, denominator: bottom})
@@ -226,6 +234,62 @@ def _sd_around_line(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> f
     line = stats.linregress(x, y)
     residuals = y - line.intercept - line.slope * x
     return math.sqrt(float(residuals @ residuals) / (len(y) - 2))
+
+
+def _log_log_slopes(rows: pd.DataFrame, name: str, rule: LogLogSlope) -> pd.Series[float]:
+    """Per seed, the slope over the last decade of steps, once the gates of the rule are passed."""
+    table = _table(rows, "step", name)
+    steps = table.columns.to_numpy(dtype=np.float64)
+    opens = steps.max() / 10
+    _require_gates(rows[rows["step"] >= opens], name, rule)
+    last = _slopes(table, steps >= opens, name)
+    before = _slopes(table, (steps >= opens / 10) & (steps <= opens), name)
+    if abs(last.mean() - before.mean()) > rule.agree_within:
+        raise CannotEstimate(
+            f"the slope must agree with that of the decade before within {rule.agree_within:g}, got {last.mean():.3f} "
+            f"after {before.mean():.3f} for {name}; run longer, or state the claim of a later window"
+        )
+    return last
+
+
+def _slopes(table: pd.DataFrame, window: npt.NDArray[np.bool_], name: str) -> pd.Series[float]:
+    if window.sum() < MIN_SLOPE_STEPS:
+        raise CannotEstimate(
+            f"a slope needs at least {MIN_SLOPE_STEPS} recorded steps in each of the last two decades, got "
+            f"{window.sum()} for {name}; record more"
+        )
+    values = table.loc[:, window]
+    if not (least := float(values.to_numpy().min())) > 0:
+        raise CannotEstimate(f"a log-log slope needs positive values, got {least:g} for {name}; use another metric")
+    x = np.log(values.columns.to_numpy(dtype=np.float64))
+    return values.apply(lambda y: float(stats.linregress(x, np.log(y.to_numpy())).slope), axis=1)
+
+
+def _require_gates(window: pd.DataFrame, name: str, rule: LogLogSlope) -> None:
+    """The start must be forgotten when the window opens, and the average short compared with the time till then."""
+    opens = window[window["step"] == window["step"].min()]
+    if rule.min_forgetting is not None:
+        if "forgetting" not in opens.columns or opens["forgetting"].isna().any():
+            raise CannotEstimate(f"a slope needs the condition forgetting (μ Σ γ), which {name} lacks; record it")
+        if opens["forgetting"].min() < rule.min_forgetting:
+            raise CannotEstimate(
+                f"the slowest direction must have forgotten its start (μ Σ γ ≥ {rule.min_forgetting:g}) when the "
+                f"window opens, got {opens['forgetting'].min():.3g} at step {opens['step'].iloc[0]:g} for {name}; "
+                "run longer"
+            )
+    horizon = opens["horizon_steps"].max() if "horizon_steps" in opens.columns else math.nan
+    if horizon * rule.min_horizons > opens["step"].min():
+        raise CannotEstimate(
+            f"the window must open after {rule.min_horizons:g} averaging horizons ({rule.min_horizons * horizon:g} "
+            f"steps), got {opens['step'].min():g} for {name}; run longer"
+        )
+
+
+def _per_trial(estimand: Estimand, rows: pd.DataFrame) -> pd.Series[float]:
+    """The estimand of each trial by itself, indexed by ``trial_id``."""
+    return pd.Series(
+        {str(trial): float(per_seed_values(estimand, of_trial).iloc[0]) for trial, of_trial in rows.groupby("trial_id")}
+    ).sort_index()
 
 
 def _positive(values: pd.Series[float], what: str) -> pd.Series[float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from analysis.estimands import CannotEstimate, per_seed_values
 from analysis.load import Campaign, agrees
 from analysis.verdicts import NOT_MEASURED, Verdict, judge_campaign
-from experiments.harness.claims import Claim, Estimand, Selector
+from experiments.harness.claims import Claim, Estimand, Selector, bare
 from experiments.harness.experiment import Experiment
 from experiments.harness.record import TrialSpec
 
@@ -100,6 +100,7 @@ def planned(claim: Claim, plan: Sequence[TrialSpec]) -> bool:
 def selectors(estimand: Estimand) -> list[Selector]:
     """The selectors of an estimand's arms (treatment, control, choice, rivals, …); an empty one if it has none."""
     found: list[Selector] = []
+    estimand = bare(estimand)
     for field in dataclasses.fields(estimand):
         value = getattr(estimand, field.name)
         if field.name != "where" and isinstance(value, Mapping):

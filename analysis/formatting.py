@@ -1,7 +1,7 @@
 """How numbers are written: the one place where results are rounded.
 
 Serves every table, figure and verdict block, so that the same number reads the same everywhere. Relative estimands
-are shown as percent, ratios and shifts of a logarithm as plain numbers.
+are shown as percent; ratios, slopes and shifts of a logarithm as plain numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.harness.claims import ArgBestShift, Estimand, ExactRatio, Region
+from experiments.harness.claims import ArgBestShift, Estimand, ExactRatio, LogLogSlope, Region, bare
 
 NO_BREAK_SPACE = "\u00a0"
 MINUS = "\u2212"
@@ -47,7 +47,7 @@ RUSSIAN = Style(decimal=",", percent=f"{NO_BREAK_SPACE}%", thousands=NO_BREAK_SP
 
 def is_relative(estimand: Estimand) -> bool:
     """Whether an estimand is a share, shown as percent."""
-    return not isinstance(estimand, ExactRatio | ArgBestShift)
+    return not isinstance(bare(estimand), ExactRatio | ArgBestShift | LogLogSlope)
 
 
 def format_estimate(estimand: Estimand, value: float | None, style: Style, digits: int = 2) -> str:
@@ -56,7 +56,7 @@ def format_estimate(estimand: Estimand, value: float | None, style: Style, digit
         return NOTHING
     if is_relative(estimand):
         return style.share(value, digits, signed=True)
-    return style.number(value, 3, signed=isinstance(estimand, ArgBestShift))
+    return style.number(value, 3, signed=isinstance(bare(estimand), ArgBestShift | LogLogSlope))
 
 
 def format_interval(estimand: Estimand, interval: tuple[float, float] | None, style: Style) -> str:

@@ -90,14 +90,15 @@ class Campaign:
         return self.scope_of({})
 
     def scope_of(self, where: Selector) -> str:
-        """Model, data, hardware, scale and seeds of the trials whose factors agree with a selector.
+        """World or model, data, hardware, scale and seeds of the trials whose factors agree with a selector.
 
         ``smollm2-135m · moby_dick · CPU ×2 · cpu · seeds 0–4``. Model and data are left out where neither settings nor
         factors name them. A factor may choose between groups of settings, as ``track`` does in ``ema_ablation``: then
         the chosen group names them. The seeds are those of the trials that succeeded.
         """
         chosen = self._agreeing(where)
-        parts = [_levels(chosen, "model"), _levels(chosen, "dataset"), _hardware(chosen), self.scale]
+        named = [_levels(chosen, key) for key in ("world", "model", "dataset")]
+        parts = [*named, _hardware(chosen), self.scale]
         seeds = sorted({record.spec.seed for record in chosen if succeeded(record)})
         parts.append(f"seeds {_ranges(seeds)}" if len(seeds) > 1 else "".join(f"seed {seed}" for seed in seeds))
         return " · ".join(part for part in parts if part)

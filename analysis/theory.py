@@ -29,7 +29,7 @@ from analysis.load import Campaign, load_campaigns
 from analysis.statistics import MAX_SEEDS
 from analysis.ticks import render_ticks
 from analysis.verdicts import Verdict
-from experiments.harness.claims import ExactRatio
+from experiments.harness.claims import is_exact
 from experiments.harness.experiment import Experiment, UserError, load_experiments, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +43,8 @@ OUTCOMES = {
 }
 HEADER = ("Статус", "Утверждение", "Верно, если", "Оценка", "Интервал 95 %", "n", "Область", "Эксперимент")
 NOTE = (
-    "Интервалы одновременные (95 % на все утверждения эксперимента вместе); у точного отношения — размах по запускам. "
-    "n — число сидов (у точного отношения — запусков)."
+    "Интервалы одновременные (95 % на все утверждения эксперимента вместе); у точных величин — размах по запускам. "
+    "n — число сидов (у точных величин — запусков)."
 )
 
 
@@ -187,7 +187,7 @@ def _need(verdict: Verdict) -> str:
         return "оценить нельзя, причина — в таблице"
     if verdict.seeds_needed is not None:
         return f"хватило бы сидов: ≈{verdict.seeds_needed}"
-    if isinstance(verdict.claim.estimand, ExactRatio):
+    if is_exact(verdict.claim.estimand):
         return "размах пересекает границу"
     return f"не хватило бы и {MAX_SEEDS} сидов"
 

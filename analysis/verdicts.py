@@ -24,7 +24,7 @@ from analysis.statistics import (
     seeds_needed,
     sign_flip_p,
 )
-from experiments.harness.claims import Claim, ExactRatio, Region
+from experiments.harness.claims import Claim, Region, is_exact
 from experiments.harness.record import TrialRecord
 
 Outcome = Literal["confirmed", "refuted", "insufficient"]
@@ -40,7 +40,7 @@ class Verdict:
     outcome: Outcome
     estimate: float | None
     interval: tuple[float, float] | None
-    """Simultaneous over the claims of the experiment; for ``ExactRatio`` the range over trials."""
+    """Simultaneous over the claims of the experiment; for an exact estimand the range over trials."""
     n_ok: int
     """Trials that succeeded."""
     n_planned: int
@@ -89,12 +89,12 @@ def judge_campaign(claims: Sequence[Claim], campaign: Campaign) -> list[Verdict]
             f"smoke is not evidence, got campaign {campaign.campaign_id} of {campaign.experiment} at scale "
             f"{campaign.scale!r}; judge a campaign of another scale"
         )
-    n_sampled = sum(not isinstance(claim.estimand, ExactRatio) for claim in claims)
+    n_sampled = sum(not is_exact(claim.estimand) for claim in claims)
     return [_judge(claim, campaign, n_sampled) for claim in claims]
 
 
 def _judge(claim: Claim, campaign: Campaign, n_sampled: int) -> Verdict:
-    alpha = None if isinstance(claim.estimand, ExactRatio) else bonferroni(claim.alpha, n_sampled)
+    alpha = None if is_exact(claim.estimand) else bonferroni(claim.alpha, n_sampled)
     finding = _find(claim, campaign, alpha)
     lack = _what_is_missing(campaign)
     estimate = finding.estimate

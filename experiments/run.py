@@ -146,7 +146,7 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
 def _inputs(specs: Sequence[TrialSpec]) -> set[tuple[str, str, bool]]:
     """(model, data set, random weights) of every trial: what its settings say at the top, or under its track."""
     sources = (spec.settings.get(str(spec.factors.get("track")), spec.settings) for spec in specs)
-    return {(s["model"], s["dataset"], s.get("random_init", False)) for s in sources}
+    return {(s["model"], s["dataset"], s.get("random_init", False)) for s in sources if "model" in s}
 
 
 def _check_inputs(specs: Sequence[TrialSpec]) -> None:

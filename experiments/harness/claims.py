@@ -97,7 +97,53 @@ class ExactRatio:
     where: Selector = field(default_factory=dict)
 
 
-Estimand = RelativeReduction | Regret | ArgBestShift | SpreadReduction | ExactRatio
+@dataclass(frozen=True)
+class LogLogSlope:
+    """Slope of log(metric) against log(step) over the last decade of the run, ``[T/10, T]``, by least squares.
+
+    A narrow interval does not protect from bias: an average that is still leaving its start has a slope of −2 with
+    hardly any spread. So the slope counts only where the decade before agrees, the start is forgotten, and the window
+    opens late for the length of the average.
+    """
+
+    metric: str
+    arm: Selector
+    where: Selector = field(default_factory=dict)
+    agree_within: float = 0.1
+    """Largest difference to the slope over the decade before."""
+    min_forgetting: float | None = 10.0
+    """Least value of the condition ``forgetting`` (μ Σ γ, by which the slowest direction has left its start) at the
+    beginning of the window; None where nothing of the kind exists."""
+    min_horizons: float = 10.0
+    """The window opens after this many times the condition ``horizon_steps``, where it was recorded."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """An estimand of values that were computed without sampling error, one per trial.
+
+    The interval is the range over all trials; it carries no confidence level and takes no share of alpha.
+    """
+
+    estimand: RelativeReduction | Regret | ArgBestShift | LogLogSlope
+
+    @property
+    def where(self) -> Selector:
+        """The selector of the estimand itself."""
+        return self.estimand.where
+
+
+Estimand = RelativeReduction | Regret | ArgBestShift | SpreadReduction | LogLogSlope | ExactRatio | Exact
+
+
+def is_exact(estimand: Estimand) -> bool:
+    """Whether its values have no sampling error."""
+    return isinstance(estimand, Exact | ExactRatio)
+
+
+def bare(estimand: Estimand) -> Estimand:
+    """The estimand itself, without the mark that it is exact."""
+    return estimand.estimand if isinstance(estimand, Exact) else estimand
 
 
 @dataclass(frozen=True)
@@ -131,8 +177,13 @@ class Claim:
     def digest(self) -> str:
         """SHA-256 (first 16 hex digits) of estimand, region and alpha."""
         rule = {
-            "estimand": [type(self.estimand).__name__, dataclasses.asdict(self.estimand)],
+            "estimand": _rule(self.estimand),
             "region": [str(self.region.low), str(self.region.high)],
             "alpha": self.alpha,
         }
         return hashlib.sha256(json.dumps(rule, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rule(estimand: Estimand) -> list[object]:
+    inner = [_rule(estimand.estimand)] if isinstance(estimand, Exact) else [dataclasses.asdict(estimand)]
+    return [type(estimand).__name__, *inner]

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pandas as pd
 import pytest
 
 from analysis.statistics import CannotEstimate, per_seed_values
-from experiments.harness.claims import ArgBestShift, ExactRatio, Regret, RelativeReduction, SpreadReduction
+from experiments.harness.claims import (
+    ArgBestShift,
+    Exact,
+    ExactRatio,
+    LogLogSlope,
+    Regret,
+    RelativeReduction,
+    SpreadReduction,
+)
 
 EMA, RAW = {"arm": "ema"}, {"arm": "raw"}
 REDUCTION = RelativeReduction("eval_loss", treatment=EMA, control=RAW)
@@ -256,3 +265,57 @@ def test_an_exact_ratio_needs_each_metric_once_per_trial():
     assert "one row per trial_id, got 2 for bottom that differ in step" in refusal(ratio, top + twice)
     zero = [row(0.0, trial=t, metric="bottom") for t in "ab"]
     assert "positive denominator, got 0 for bottom" in refusal(ratio, top + zero)
+
+
+SLOPE = LogLogSlope("error", {"arm": "mean"})
+STEPS = [round(10 ** (2 + i / 5)) for i in range(16)]
+
+
+def power_law(exponent, seed=0, **conditions):
+    conditions = {"arm": "mean", "forgetting": 50.0, **conditions}
+    return [row(3 * s**exponent, seed=seed, step=s, metric="error", **conditions) for s in STEPS]
+
+
+def test_the_slope_of_a_power_law_is_its_exponent():
+    rows = power_law(-1.0) + power_law(-0.75, seed=1)
+    assert estimate(SLOPE, rows) == pytest.approx({0: -1.0, 1: -0.75})
+
+
+def test_a_slope_is_that_of_the_last_decade():
+    bent = [{**r, "value": r["value"] * (1.2 if r["step"] < 100_000 / 10 else 1.0)} for r in power_law(-1.0)]
+    assert estimate(SLOPE, bent) == pytest.approx({0: -1.0})
+
+
+def test_a_slope_that_the_decade_before_does_not_share_is_refused():
+    rows = [row(s**-2.0 + 1e-8, step=s, metric="error", arm="mean", forgetting=50.0) for s in STEPS]
+    assert "must agree with that of the decade before within 0.1" in refusal(SLOPE, rows)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ({"forgetting": 9.0}, "must have forgotten its start .* ≥ 10.* got 9 at step 10000"),
+        ({"horizon_steps": 1001.0}, "must open after 10 averaging horizons .10010 steps., got 10000"),
+    ],
+)
+def test_gates_of_a_slope(conditions, message):
+    assert re.search(message, refusal(SLOPE, power_law(-1.0, **conditions)))
+
+
+def test_a_slope_without_the_condition_that_its_gate_needs():
+    rows = [{k: v for k, v in r.items() if k != "forgetting"} for r in power_law(-1.0)]
+    assert "needs the condition forgetting" in refusal(SLOPE, rows)
+    free = LogLogSlope("error", {"arm": "mean"}, min_forgetting=None)
+    assert estimate(free, rows) == pytest.approx({0: -1.0})
+
+
+def test_a_slope_needs_positive_values_at_several_steps():
+    rows = power_law(-1.0)
+    assert "needs positive values, got 0" in refusal(SLOPE, [*rows[:-1], {**rows[-1], "value": 0.0}])
+    assert "at least 4 recorded steps in each of the last two decades, got 1" in refusal(SLOPE, rows[-1:])
+
+
+def test_an_exact_estimand_has_one_value_per_trial():
+    rows = [{**r, "trial_id": name} for name, e in (("b", -0.5), ("a", -1.0)) for r in power_law(e)]
+    assert estimate(Exact(SLOPE), rows) == pytest.approx({"a": -1.0, "b": -0.5})
+    assert Exact(LogLogSlope("error", {}, where={"world": "quadratic"})).where == {"world": "quadratic"}

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from experiments.ema_ablation import EXPERIMENT
-from experiments.harness.claims import Claim, Region, Regret, RelativeReduction
+from experiments.harness.claims import ArgBestShift, Claim, Exact, Region, Regret, RelativeReduction
 
 CLAIM = Claim(
     "a-claim",
@@ -44,10 +44,17 @@ def test_the_digest_ignores_wording_and_place():
         {"estimand": RelativeReduction("eval_loss", {"arm": "ema_0.99"}, {"arm": "initial"}, {"track": "main"})},
         {"estimand": RelativeReduction("eval_loss", {"arm": "ema_0.99"}, {"arm": "raw"}, {"track": "length"})},
         {"estimand": Regret("eval_loss", {"arm": "ema_0.99"}, ({"arm": "raw"},), {"track": "main"})},
+        {"estimand": Exact(CLAIM.estimand)},
     ],
 )
 def test_the_digest_covers_estimand_region_and_alpha(fields):
     assert changed(**fields) != CLAIM.digest
+
+
+def test_the_digest_covers_what_an_exact_estimand_is_of():
+    arms = {"start": {"arm": "a"}, "end": {"arm": "b"}}
+    shift, regret = ArgBestShift("m", "along", **arms), Regret("m", {"arm": "a"}, ({"arm": "b"},))
+    assert changed(estimand=Exact(shift)) != changed(estimand=Exact(regret))
 
 
 @pytest.mark.parametrize("alpha", [0, 1, -0.1, 1.5, math.nan])
