@@ -119,6 +119,61 @@ class LogLogSlope:
 
 
 @dataclass(frozen=True)
+class SelectedReduction:
+    """Mean over seeds of ``(control − treatment) / control``, each side at its best arm and checkpoint.
+
+    Within a seed and a side, the arm and the step with the least value under ``choose_on`` are chosen, and their value
+    under ``report_on`` is read: so that choosing among many decays or checkpoints does not count as a gain.
+    """
+
+    metric: str
+    treatment: tuple[Selector, ...]
+    control: tuple[Selector, ...]
+    where: Selector = field(default_factory=dict)
+    choose_on: Selector = field(default_factory=lambda: {"split": "validation"})
+    report_on: Selector = field(default_factory=lambda: {"split": "test"})
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """Mean over seeds of an estimand under ``first`` minus the same estimand under ``second``.
+
+    A difference of differences: how much more a treatment gains in one condition than in another. Both conditions share
+    the seed.
+    """
+
+    estimand: RelativeReduction | SelectedReduction
+    first: Selector
+    second: Selector
+
+    @property
+    def where(self) -> Selector:
+        """The selector that both conditions share."""
+        return self.estimand.where
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Mean over seeds of ``numerator / denominator``: the same metric, at the last step, of two arms of one seed."""
+
+    metric: str
+    numerator: Selector
+    denominator: Selector
+    where: Selector = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Share of trials whose metric, at the last step, is 1 and not 0: a probability; the unit is the trial.
+
+    Its interval is the exact binomial one (Clopper & Pearson 1934); trials count as independent.
+    """
+
+    metric: str
+    where: Selector = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Exact:
     """An estimand of values that were computed without sampling error, one per trial.
 
@@ -133,7 +188,19 @@ class Exact:
         return self.estimand.where
 
 
-Estimand = RelativeReduction | Regret | ArgBestShift | SpreadReduction | LogLogSlope | ExactRatio | Exact
+Estimand = (
+    RelativeReduction
+    | SelectedReduction
+    | Interaction
+    | Ratio
+    | Rate
+    | Regret
+    | ArgBestShift
+    | SpreadReduction
+    | LogLogSlope
+    | ExactRatio
+    | Exact
+)
 
 
 def is_exact(estimand: Estimand) -> bool:
@@ -185,5 +252,8 @@ class Claim:
 
 
 def _rule(estimand: Estimand) -> list[object]:
-    inner = [_rule(estimand.estimand)] if isinstance(estimand, Exact) else [dataclasses.asdict(estimand)]
-    return [type(estimand).__name__, *inner]
+    if isinstance(estimand, Exact):
+        return ["Exact", _rule(estimand.estimand)]
+    if isinstance(estimand, Interaction):
+        return ["Interaction", _rule(estimand.estimand), dict(estimand.first), dict(estimand.second)]
+    return [type(estimand).__name__, dataclasses.asdict(estimand)]
