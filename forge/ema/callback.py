@@ -41,8 +41,13 @@ class EMACallback(TrainerCallback):
         **options: further options of ``EMAModel``.
     """
 
+    _model_class: type[EMAModel] = EMAModel
+    _state_file = STATE_FILE
+
     def __init__(self, decay: float | Sequence[float] = 0.999, *, evaluate: bool = True, **options: Any) -> None:
-        EMAModel(nn.ParameterList([torch.zeros(1)]), decay, **options)  # refuses wrong options here, not in train()
+        self._model_class(
+            nn.ParameterList([torch.zeros(1)]), decay, **options
+        )  # refuses wrong options here, not in train()
         self.decays = validated_decays(decay)
         self._evaluate = evaluate
         self._options = options
@@ -88,18 +93,18 @@ class EMACallback(TrainerCallback):
         if self._ema is None or not self._ema.follows(model):
             state = self.get_ema_state()
             names = state["averages"][decay_label(self.decays[0])]
-            ema = EMAModel(model, self.decays, names=names, **self._options)
+            ema = self._model_class(model, self.decays, names=names, **self._options)
             ema.load_state_dict(state)
             self._ema = ema
         return self._ema
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Start from θ(0), or from the checkpoint that training resumes from."""
-        self._ema = EMAModel(kw["model"], self.decays, **self._options)
+        self._ema = self._model_class(kw["model"], self.decays, **self._options)
         if state.global_step > 0:
             if self._loaded is None or self._loaded["step"] != state.global_step:
                 folder = _trainer_call("resume_from_checkpoint")["resume_from_checkpoint"]
-                self._loaded = _load_checkpoint(folder, state.global_step)
+                self._loaded = _load_checkpoint(Path(folder) / self._state_file, state.global_step)
             self._ema.load_state_dict(self._loaded)
         self._loaded = None
 
@@ -111,7 +116,7 @@ class EMACallback(TrainerCallback):
         """Write the averages into the checkpoint that the Trainer has just written."""
         if args.should_save:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            save_ema_file(self.ema.state_dict(), folder / STATE_FILE)
+            save_ema_file(self.ema.state_dict(), folder / self._state_file)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Evaluate each average with the Trainer's own loop and add its metrics to those of the raw weights."""
@@ -137,14 +142,13 @@ class EMACallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.barrier()  # the first process may still be writing
-            self.ema.load_state_dict(_load_checkpoint(state.best_model_checkpoint))
+            self.ema.load_state_dict(_load_checkpoint(Path(state.best_model_checkpoint) / self._state_file))
 
 
-def _load_checkpoint(folder: str | Path, step: int | None = None) -> dict[str, Any]:
-    path = Path(folder) / STATE_FILE
+def _load_checkpoint(path: Path, step: int | None = None) -> dict[str, Any]:
     if not path.is_file():
-        fix = "use a checkpoint that was written with EMACallback, or call load_ema_state() before train()"
-        raise FileNotFoundError(f"{folder} holds no {STATE_FILE}; {fix}")
+        fix = "use a checkpoint that was written with this callback, or call load_ema_state() before train()"
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}; {fix}")
     state = load_ema_file(path)
     if step not in (None, state["step"]):
         raise ValueError(f"{path} must be of step {step}, got step {state['step']}; use an unmixed checkpoint")

@@ -1,0 +1,219 @@
+"""Averages of any length, chosen after the run (Karras et al. 2024, arXiv:2312.02696; section «EMA» of THEORY.md).
+
+Two averages with power-function profiles are followed during training and stored now and then; any other profile at any
+stored step is then a linear combination of the stored ones. Equation numbers are those of the paper:
+
+    θ_γ(t) = β_γ(t) · θ_γ(t−1) + (1 − β_γ(t)) · θ(t),    β_γ(t) = (1 − 1/t)^(γ+1)                              (3)
+
+so that θ(k) has the weight (k^(γ+1) − (k−1)^(γ+1)) / t^(γ+1) in θ_γ(t), and θ(0) has none. The width of a profile as a
+share of the run is σ_rel = ((γ+1) / ((γ+2)² (γ+3)))^½: 0.05 and 0.10 are γ = 16.97 and 6.94.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from forge.ema import EMACallback, EMAModel, decay_label, load_ema_file, save_ema_file
+
+Array = npt.NDArray[np.float64]
+
+WIDEST = 12**-0.5
+"""σ_rel of γ = 0, the uniform average of the whole run; a profile that leans to the end is narrower."""
+
+_CHUNK_STEPS = 1 << 15
+"""Steps whose weights are held at once while profiles are compared."""
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """Width of a power-function profile as a share of the run (the relation above equation 4 of the paper)."""
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}; 0 is the uniform average")
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent γ of a profile of width σ_rel: the one root ≥ 0 of (γ+2)²(γ+3) σ² = γ+1.
+
+    Raises:
+        ValueError: unless ``sigma_rel`` is in (0, 12^-½]; wider profiles would lean to the beginning of the run.
+    """
+    if not 0 < sigma_rel <= WIDEST:
+        raise ValueError(f"sigma_rel must be in (0, {WIDEST:.6f}], got {sigma_rel}; the paper uses 0.05 and 0.10")
+    inverse = sigma_rel**-2
+    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return max(0.0, float(roots.real.max()))
+
+
+class PowerEMAModel(EMAModel):
+    """Averages with power-function profiles, for a custom training loop.
+
+    Used as ``EMAModel`` is; wherever that speaks of a decay, here is σ_rel.
+
+    Args:
+        model: the model being trained.
+        sigma_rel: widths of the profiles as shares of the run so far, each in (0, 12^-½).
+        **options: ``trainable_only``, ``names`` and ``device`` of ``EMAModel``.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, sigma_rel: float | Sequence[float] = (0.05, 0.10), **options: Any
+    ) -> None:
+        for unknown in sorted(set(options) - {"trainable_only", "names", "device"}):
+            raise TypeError(f"a power-function average takes trainable_only, names and device, got {unknown}")
+        super().__init__(model, sigma_rel, **options)
+        self._exponents = {width: gamma_of(width) + 1 for width in self.decays}
+
+    def _weight(self, decay: float, updates: int) -> float:
+        """1 − β_γ(t) of equation 3."""
+        return -math.expm1(self._exponents[decay] * math.log1p(-1 / updates)) if updates > 1 else 1.0
+
+
+class PostHocEMACallback(EMACallback):
+    """Follows two power-function averages in the ``Trainer`` and stores them every so many optimizer steps.
+
+    Args:
+        snapshots: folder of the snapshots, one safetensors file each; made if it does not exist.
+        every_steps: optimizer steps between snapshots; the last step of the run has one too.
+        sigma_rel: widths of the two profiles.
+        **options: ``trainable_only``, ``names`` and ``device`` of ``EMAModel``.
+
+    Raises:
+        ValueError: for an interval below 1, or fewer than two widths.
+    """
+
+    _model_class = PowerEMAModel
+    _state_file = "posthoc_ema_state.safetensors"
+
+    def __init__(
+        self, snapshots: str | Path, every_steps: int, sigma_rel: Sequence[float] = (0.05, 0.10), **options: Any
+    ) -> None:
+        if every_steps < 1:
+            raise ValueError(f"every_steps must be at least 1, got {every_steps}")
+        if len(sigma_rel) < 2:
+            raise ValueError(f"two profiles or more are needed to reconstruct others, got {list(sigma_rel)}")
+        super().__init__(sigma_rel, evaluate=False, **options)
+        self._folder, self._every = Path(snapshots), every_steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Update the averages and store them when it is time."""
+        super().on_step_end(args, state, control, **kw)
+        if args.should_save and (state.global_step % self._every == 0 or state.global_step == state.max_steps):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_ema_file(self.ema.state_dict(), snapshot_path(self._folder, state.global_step))
+
+
+def snapshot_path(folder: str | Path, step: int) -> Path:
+    """File of the snapshot at an optimizer step."""
+    return Path(folder) / f"step-{step:09d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """An average put together from stored ones."""
+
+    averages: dict[str, Tensor]
+    """Parameter name → average, fp32 at least, on the CPU."""
+    error: float
+    """‖profile found − profile wanted‖ / ‖profile wanted‖ over the steps of the run: 0 is exact."""
+
+    @torch.no_grad()
+    def apply(self, model: torch.nn.Module) -> None:
+        """Write the averages into a model with parameters of these names.
+
+        Raises:
+            ValueError: if a parameter is missing or of another shape; nothing is written then.
+        """
+        named = dict(model.named_parameters())
+        for name, average in self.averages.items():
+            if name not in named or named[name].shape != average.shape:
+                found = tuple(named[name].shape) if name in named else "no such parameter"
+                raise ValueError(f"the model must have {name} of shape {tuple(average.shape)}, got {found}")
+        for name, average in self.averages.items():
+            named[name].copy_(average)
+
+
+def reconstruct(
+    folder: str | Path, *, sigma_rel: float | None = None, decay: float | None = None, step: int | None = None
+) -> Reconstruction:
+    """The average of a wanted profile, from the snapshots of a run (section 3.2 of the paper: least squares).
+
+    Args:
+        folder: the snapshots that ``PostHocEMACallback`` wrote.
+        sigma_rel: the wanted width of a power-function profile, or
+        decay: the wanted β of an exponential average with bias correction; exactly one of the two.
+        step: the optimizer step to average up to, at most that of the last snapshot, which is the default. Between
+            two snapshots the error is larger than at one.
+
+    Raises:
+        FileNotFoundError: if the folder holds no snapshot.
+        ValueError: unless exactly one profile is named, in range, and ``step`` lies in the run.
+    """
+    files = {int(path.stem.removeprefix("step-")): path for path in sorted(Path(folder).glob("step-*.safetensors"))}
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no snapshot; train with PostHocEMACallback")
+    last = max(files)
+    step = last if step is None else step
+    if not 1 <= step <= last:
+        raise ValueError(f"step must be in [1, {last}], where the last snapshot is, got {step}")
+    widths = load_ema_file(files[last])["decays"]
+    stored = [(width, at) for at in files for width in widths]
+    wanted = np.pad(_profile(step, sigma_rel, decay), (0, last - step))
+    shares, error = combine([power_profile(gamma_of(width), at) for width, at in stored], wanted)
+    averages: dict[str, Tensor] = {}
+    for at, path in files.items():
+        state = load_ema_file(path)["averages"]
+        for width in widths:
+            share = shares[stored.index((width, at))]
+            for name, tensor in state[decay_label(width)].items():
+                averages[name] = averages[name].add_(tensor, alpha=share) if name in averages else tensor.mul_(share)
+    return Reconstruction(averages, error)
+
+
+def power_profile(gamma: float, step: int) -> Array:
+    """Weights of θ(1)…θ(step) in θ_γ(step); shape (step,), sum 1."""
+    return np.diff((np.arange(step + 1) / step) ** (gamma + 1))
+
+
+def exponential_profile(decay: float, step: int) -> Array:
+    """Weights of θ(1)…θ(step) in a bias-corrected exponential average; shape (step,), sum 1."""
+    log_decay = math.log(decay)
+    weights = np.exp(log_decay * np.arange(step - 1, -1, -1.0))
+    return np.asarray(weights * (math.expm1(log_decay) / math.expm1(step * log_decay)))
+
+
+def combine(stored: Sequence[Array], wanted: Array) -> tuple[Array, float]:
+    """Shares of the stored profiles whose sum is nearest to the wanted one, and the relative distance that is left."""
+    gram, product = np.zeros((len(stored), len(stored))), np.zeros(len(stored))
+    for begin in range(0, wanted.size, _CHUNK_STEPS):
+        part = np.zeros((len(stored), min(_CHUNK_STEPS, wanted.size - begin)))
+        for row, profile in zip(part, stored, strict=True):
+            some = profile[begin : begin + row.size]
+            row[: some.size] = some
+        gram += part @ part.T
+        product += part @ wanted[begin : begin + part.shape[1]]
+    shares = np.asarray(np.linalg.lstsq(gram, product, rcond=None)[0], dtype=np.float64)
+    norm = float(wanted @ wanted)
+    left = norm - 2 * float(shares @ product) + float(shares @ gram @ shares)
+    return shares, math.sqrt(max(0.0, left) / norm)
+
+
+def _profile(step: int, sigma_rel: float | None, decay: float | None) -> Array:
+    if (sigma_rel is None) == (decay is None):
+        raise ValueError(f"name either sigma_rel or decay, got sigma_rel={sigma_rel} and decay={decay}")
+    if sigma_rel is not None:
+        return power_profile(gamma_of(sigma_rel), step)
+    assert decay is not None
+    if not 0 < decay < 1:
+        raise ValueError(f"decay must be a number in (0, 1), got {decay}; pass for example 0.999")
+    return exponential_profile(decay, step)

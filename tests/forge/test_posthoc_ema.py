@@ -1,0 +1,163 @@
+"""Power-function averages and what is put together from them, against averages that were followed directly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from forge.ema import EMACallback
+from forge.posthoc_ema import (
+    PostHocEMACallback,
+    PowerEMAModel,
+    combine,
+    exponential_profile,
+    gamma_of,
+    power_profile,
+    reconstruct,
+    sigma_rel_of,
+    snapshot_path,
+)
+
+
+def test_widths_and_exponents_are_those_of_the_paper():
+    """Section 3.1: σ_rel 0.05 and 0.10 are γ 16.97 and 6.94."""
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)
+    assert gamma_of(0.10) == pytest.approx(6.94, abs=0.005)
+    for width in (0.01, 0.1, 0.25, 12**-0.5):
+        assert sigma_rel_of(gamma_of(width)) == pytest.approx(width)
+
+
+def test_the_width_is_the_standard_deviation_of_the_profile():
+    steps = 20_000
+    for width in (0.05, 0.2):
+        weights, at = power_profile(gamma_of(width), steps), np.arange(1, steps + 1) / steps
+        mean = weights @ at
+        assert np.sqrt(weights @ (at - mean) ** 2) == pytest.approx(width, rel=1e-3)
+
+
+@pytest.mark.parametrize("width", [0.0, -0.1, 0.3, float("nan")])
+def test_widths_out_of_range(width):
+    with pytest.raises(ValueError, match=r"sigma_rel must be in \(0, 0\.288675\], got"):
+        gamma_of(width)
+
+
+def walk(steps, size=7):
+    torch.manual_seed(0)
+    model = nn.Linear(size, size, bias=False)
+    for _ in range(steps):
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight) * 0.1)
+        yield model
+
+
+def test_the_recursion_has_the_profile_of_its_closed_form():
+    path, ema = [], None
+    for model in walk(50):
+        ema = ema or PowerEMAModel(model, (0.05, 0.2))
+        ema.update()
+        path.append(model.weight.detach().double().clone())
+    for width in (0.05, 0.2):
+        weights = torch.from_numpy(power_profile(gamma_of(width), 50)).view(-1, 1, 1)
+        wanted = (weights * torch.stack(path)).sum(dim=0)
+        torch.testing.assert_close(ema.averages(width)["weight"].double(), wanted, rtol=0, atol=2e-6)
+
+
+def test_options_that_would_change_the_profile_are_refused():
+    with pytest.raises(TypeError, match="takes trainable_only, names and device, got update_every"):
+        PowerEMAModel(nn.Linear(2, 2), 0.1, update_every=2)
+
+
+def test_a_stored_profile_is_found_again():
+    stored = [power_profile(gamma_of(width), at) for at in (50, 100) for width in (0.05, 0.1)]
+    shares, error = combine(stored, stored[2])
+    assert error < 1e-6
+    assert shares == pytest.approx([0, 0, 1, 0], abs=1e-5)
+
+
+def test_profiles_sum_to_one():
+    assert exponential_profile(0.9, 200).sum() == pytest.approx(1)
+    assert power_profile(6.94, 200).sum() == pytest.approx(1)
+
+
+def train(folder, callbacks, resume=None, steps=64):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 50}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **shape))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 50, (64, 8), generator=generator)
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2,
+        save_steps=32, report_to=[], disable_tqdm=True, use_cpu=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(model, args, train_dataset=data, callbacks=callbacks).train(resume_from_checkpoint=resume)
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with snapshots, and the averages that were followed directly beside them."""
+    folder = tmp_path_factory.mktemp("run")
+    direct = EMACallback(decay=(0.8, 0.95), evaluate=False, bias_correction=True)
+    model = train(folder / "out", [PostHocEMACallback(folder / "snapshots", every_steps=4), direct])
+    return folder, direct, model
+
+
+@pytest.mark.parametrize("decay", [0.8, 0.95])
+def test_an_exponential_average_is_reconstructed(run, decay):
+    folder, direct, model = run
+    found, wanted = reconstruct(folder / "snapshots", decay=decay), direct.ema.averages(decay)
+    assert found.averages.keys() == wanted.keys()
+    raw = dict(model.named_parameters())
+    off = sum((found.averages[n] - wanted[n]).square().sum() for n in wanted)
+    away = sum((raw[n].detach() - wanted[n]).square().sum() for n in wanted)
+    assert found.error < 0.1
+    assert off < 0.01 * away
+
+
+def test_a_power_average_at_another_step_is_reconstructed(run, tmp_path):
+    folder, _, _ = run
+    direct = PostHocEMACallback(tmp_path / "other", every_steps=50, sigma_rel=(0.08, 0.15))
+    train(tmp_path / "out", [direct], steps=50)
+    found = reconstruct(folder / "snapshots", sigma_rel=0.15, step=50)
+    assert found.error < 0.3
+    for name, tensor in direct.ema.averages(0.15).items():
+        torch.testing.assert_close(found.averages[name], tensor, rtol=0, atol=5e-3)
+    assert reconstruct(folder / "snapshots", sigma_rel=0.15, step=52).error < found.error
+
+
+def test_an_interrupted_run_stores_the_same_snapshots(run, tmp_path):
+    folder, _, _ = run
+    callbacks = [PostHocEMACallback(tmp_path / "snapshots", every_steps=4)]
+    train(tmp_path / "out", callbacks, resume=folder / "out" / "checkpoint-32")
+    for step in (36, 64):
+        stored = [snapshot_path(where / "snapshots", step).read_bytes() for where in (folder, tmp_path)]
+        assert stored[0] == stored[1]
+
+
+def test_a_reconstruction_is_written_into_a_model_of_the_same_shapes_only(run):
+    folder, _, model = run
+    found = reconstruct(folder / "snapshots", sigma_rel=0.1)
+    found.apply(model)
+    assert all(torch.equal(p, found.averages[n]) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match=r"the model must have lm_head.weight of shape \(50, 16\), got no"):
+        found.apply(nn.Linear(2, 2))
+
+
+def test_wrong_requests(run, tmp_path):
+    folder, _, _ = run
+    with pytest.raises(FileNotFoundError, match="holds no snapshot; train with PostHocEMACallback"):
+        reconstruct(tmp_path, sigma_rel=0.1)
+    with pytest.raises(ValueError, match=r"step must be in \[1, 64\], where the last snapshot is, got 65"):
+        reconstruct(folder / "snapshots", sigma_rel=0.1, step=65)
+    with pytest.raises(ValueError, match="name either sigma_rel or decay, got"):
+        reconstruct(folder / "snapshots", sigma_rel=0.1, decay=0.9)
+    with pytest.raises(ValueError, match=r"decay must be a number in \(0, 1\), got 1"):
+        reconstruct(folder / "snapshots", decay=1)
+    with pytest.raises(ValueError, match="every_steps must be at least 1, got 0"):
+        PostHocEMACallback(tmp_path, every_steps=0)
+    with pytest.raises(ValueError, match="two profiles or more"):
+        PostHocEMACallback(tmp_path, every_steps=1, sigma_rel=(0.1,))
