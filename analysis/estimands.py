@@ -1,40 +1,56 @@
-"""Estimators of the estimands that claims declare: observations → one value per seed.
+"""Estimators of the estimands that claims declare: observations → one value per replicate.
 
 Serves every section of THEORY.md. The unit of replication is the training seed: arms of one seed share initial
 weights, data order and dropout masks, so each estimand is computed within a seed, and ``analysis.statistics`` averages
-the seeds. Nothing is guessed: a selector that is wrong or ambiguous, or an incomplete pair, is an error.
+the seeds. Rates, proportions and exact quantities have the trial as their unit. ``analysis.rows`` finds the rows,
+``analysis.formulas`` holds the formulas.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import dataclasses
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from scipy import stats
 
+from analysis import formulas
+from analysis.rows import (
+    CannotEstimate,
+    at_last_step,
+    last,
+    named,
+    of_arm,
+    of_arms,
+    of_metric,
+    one_each,
+    positive,
+    require_same,
+    select,
+    table,
+)
+from analysis.slopes import log_log_slopes
 from experiments.harness.claims import (
     ArgBestShift,
     Estimand,
     Exact,
     ExactRatio,
+    Interaction,
     LogLogSlope,
+    Proportion,
+    Rate,
+    Ratio,
     Regret,
     RelativeReduction,
+    SelectedReduction,
     Selector,
     SpreadReduction,
 )
 from experiments.harness.experiment import unknown
 
+__all__ = ["CannotEstimate", "per_seed_values", "select", "successes"]
+
 MIN_SPREAD_STEPS = 4
-MIN_SLOPE_STEPS = 4
-
-
-class CannotEstimate(ValueError):
-    """The observations do not determine the estimand; the message says the rule, the value and the fix."""
 
 
 def per_seed_values(estimand: Estimand, observations: pd.DataFrame) -> pd.Series[float]:
@@ -45,118 +61,157 @@ def per_seed_values(estimand: Estimand, observations: pd.DataFrame) -> pd.Series
         observations: tidy rows as ``analysis.load.Campaign.observations`` gives them.
 
     Returns:
-        One dimensionless value per seed, indexed by ``seed`` in rising order; for an exact one one per
-        trial, indexed by ``trial_id``.
+        One dimensionless value per seed, indexed by ``seed`` in rising order; for a rate, a proportion or an exact
+        quantity one per trial, indexed by ``trial_id``.
 
     Raises:
         CannotEstimate: if a selector is wrong or ambiguous, a pair is incomplete, or a value is not usable.
     """
+    return _values(estimand, observations, exact=False)
+
+
+def successes(estimand: Rate | Proportion, observations: pd.DataFrame) -> tuple[int, int]:
+    """Successes and attempts over all trials.
+
+    Raises:
+        CannotEstimate: if they are not whole numbers with ``0 ≤ successes ≤ attempts`` and at least one attempt.
+    """
+    rows = select(observations, estimand.where)
+    if isinstance(estimand, Rate):
+        outcomes = _zeros_and_ones(estimand.metric, rows)
+        return int(outcomes.sum()), outcomes.size
+    hits, attempts = _counts(estimand, rows)
+    return int(hits.sum()), int(attempts.sum())
+
+
+def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> pd.Series[float]:
     rows = select(observations, estimand.where)
     match estimand:
         case RelativeReduction(metric, treatment, control):
-            t, c = _arms(_of_metric(rows, metric), {"treatment": treatment, "control": control}, _last)
-            return (c - t) / _positive(c, f"{metric} of the control")
+            t, c = of_arms(of_metric(rows, metric), {"treatment": treatment, "control": control}, last)
+            return _reduction(t, c, metric)
+        case SelectedReduction(metric, treatments, controls):
+            rows = of_metric(rows, metric)
+            sides = {"treatment": treatments, "control": controls}
+            read = {side: _of_chosen(rows, side, arms, estimand) for side, arms in sides.items()}
+            require_same("seed", read)
+            return _reduction(read["treatment"], read["control"], metric)
+        case Interaction(inner, first, second):
+            return _interaction(inner, first, second, observations)
+        case Ratio(metric, numerator, denominator):
+            roles = {"numerator": numerator, "denominator": denominator}
+            top, bottom = of_arms(of_metric(rows, metric), roles, last)
+            return top / positive(bottom, f"{metric} of the denominator")
         case Regret(metric, choice, rivals):
-            roles = {"choice": choice} | {f"rival {i}": rival for i, rival in enumerate(rivals, start=1)}
-            chosen, *others = _arms(_of_metric(rows, metric), roles, _last)
-            if not others:
-                raise CannotEstimate("a regret needs at least 1 rival, got none; name the rivals in the claim")
-            return chosen / _positive(pd.concat(others, axis=1).min(axis=1), f"{metric} of the best rival") - 1
+            return _regret(of_metric(rows, metric), metric, choice, rivals)
         case ArgBestShift(metric, along, start, end):
-            rows = _with_level(_of_metric(rows, metric), along)
-            first, last = _arms(rows, {"start": start, "end": end}, partial(_log10_best, along=along))
-            return last - first
+            rows = _with_level(of_metric(rows, metric), along)
+            early, late = of_arms(rows, {"start": start, "end": end}, partial(_log10_best, along=along))
+            return late - early
         case SpreadReduction(metric, treatment, control):
-            rows = _of_metric(rows, metric)
+            rows = of_metric(rows, metric)
             _require_same_steps(select(rows, treatment), select(rows, control))
-            t, c = _arms(rows, {"treatment": treatment, "control": control}, _residual_sd)
-            return 1 - t / _positive(c, f"residual standard deviation of {metric} of the control")
+            t, c = of_arms(rows, {"treatment": treatment, "control": control}, _residual_sd)
+            c = positive(c, f"residual standard deviation of {metric} of the control")
+            return _series(formulas.spread_reduction(t.to_numpy(), c.to_numpy()), t)
         case LogLogSlope(metric, arm):
-            (slopes,) = _arms(_of_metric(rows, metric), {"arm": arm}, partial(_log_log_slopes, rule=estimand))
+            read_slopes = partial(log_log_slopes, rule=estimand, exact=exact)
+            (slopes,) = of_arms(of_metric(rows, metric), {"arm": arm}, read_slopes)
             return slopes
+        case Rate(metric):
+            return _zeros_and_ones(metric, rows)
+        case Proportion():
+            hits, attempts = _counts(estimand, rows)
+            return hits / attempts
         case Exact(inner):
             return _per_trial(inner, rows)
         case ExactRatio(numerator, denominator):
-            top, bottom = (_one_each(_of_metric(rows, name), ["trial_id"], name) for name in (numerator, denominator))
-            _require_same("trial", {numerator: top, denominator: bottom})
-            return top / _positive(bottom, denominator)
+            top, bottom = (one_each(of_metric(rows, name), ["trial_id"], name) for name in (numerator, denominator))
+            require_same("trial", {numerator: top, denominator: bottom})
+            return top / positive(bottom, denominator)
 
 
-def select(observations: pd.DataFrame, selector: Selector) -> pd.DataFrame:
-    """The rows that equal the selector in every column it names; possibly none.
-
-    Raises:
-        CannotEstimate: if the selector names a column that does not exist.
-    """
-    rows = observations
-    for name, level in selector.items():
-        if name not in observations.columns:
-            raise CannotEstimate(
-                "a selector must name a condition that was recorded: " + unknown("column", name, observations.columns)
-            )
-        rows = rows[rows[name] == level]
-    return rows
+def _series(values: formulas.Array, like: pd.Series[float]) -> pd.Series[float]:
+    return pd.Series(values, index=like.index)
 
 
-def _arms(
-    rows: pd.DataFrame, roles: Mapping[str, Selector], read: Callable[[pd.DataFrame, str], pd.Series[float]]
-) -> list[pd.Series[float]]:
-    """Reduce the rows of each arm to one value per seed, and require that the arms have the same seeds."""
-    arms: dict[str, pd.Series[float]] = {}
-    for role, selector in roles.items():
-        name = f"{role} {{{', '.join(f'{key}={level}' for key, level in selector.items())}}}"
-        selected = select(rows, selector)
-        if selected.empty:
-            raise CannotEstimate(f"every arm needs observations, got none for {name}; correct the selector or run it")
-        arms[name] = read(selected, name)
-    _require_same("seed", arms)
-    return list(arms.values())
+def _reduction(treatment: pd.Series[float], control: pd.Series[float], metric: str) -> pd.Series[float]:
+    control = positive(control, f"{metric} of the control")
+    return _series(formulas.relative_reduction(treatment.to_numpy(), control.to_numpy()), control)
 
 
-def _require_same(unit: str, arms: Mapping[str, pd.Series[float]]) -> None:
-    """Pairs are needed: every arm must have every replicate."""
-    everywhere = sorted(set().union(*(arm.index for arm in arms.values())))
-    for name, arm in arms.items():
-        if missing := [str(replicate) for replicate in everywhere if replicate not in arm.index]:
-            raise CannotEstimate(
-                f"estimates are paired within {unit}, but {name} lacks {unit} {', '.join(missing)}; run what is missing"
-            )
+def _regret(rows: pd.DataFrame, metric: str, choice: Selector, rivals: tuple[Selector, ...]) -> pd.Series[float]:
+    roles = {"choice": choice} | {f"rival {i}": rival for i, rival in enumerate(rivals, start=1)}
+    chosen, *others = of_arms(rows, roles, last)
+    if not others:
+        raise CannotEstimate("a regret needs at least 1 rival, got none; name the rivals in the claim")
+    values = pd.concat(others, axis=1)
+    positive(values.min(axis=1), f"{metric} of the best rival")
+    return _series(formulas.regret(chosen.to_numpy(), values.to_numpy()), chosen)
 
 
-def _of_metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    selected = select(rows, {"metric": metric})
-    if selected.empty:
-        raise CannotEstimate("a claim needs a recorded metric: " + unknown("metric", metric, set(rows["metric"])))
-    return selected
-
-
-def _one_each(rows: pd.DataFrame, keys: list[str], name: str) -> pd.Series[float]:
-    """The single finite value of each key, indexed by the keys in rising order."""
-    repeated = rows[rows.duplicated(keys, keep=False)]
-    if not repeated.empty:
-        group = repeated[(repeated[keys] == repeated[keys].iloc[0]).all(axis=1)]
-        vary = [str(c) for c in group if c not in ("trial_id", "value") and group[c].nunique(dropna=False) > 1]
+def _of_chosen(rows: pd.DataFrame, side: str, arms: tuple[Selector, ...], rule: SelectedReduction) -> pd.Series[float]:
+    """Per seed, what ``report_on`` says of the arm and the step that are best under ``choose_on``."""
+    if not arms:
+        raise CannotEstimate(f"a selection needs at least 1 arm, got none for the {side}; name the arms in the claim")
+    read: dict[str, list[pd.Series[float]]] = {"choose_on": [], "report_on": []}
+    for number, arm in enumerate(arms):
+        for use, split in (("choose_on", rule.choose_on), ("report_on", rule.report_on)):
+            name = named(f"{side} under {use}", {**arm, **split})
+            picked = of_arm(rows, {**arm, **split}, name).assign(_arm=number)
+            read[use].append(one_each(picked, ["seed", "_arm", "step"], name))
+    chosen_on, reported_on = (pd.concat(parts).sort_index() for parts in read.values())
+    best = chosen_on.groupby("seed").idxmin()
+    if lacking := [at for at in best if at not in reported_on.index]:
+        seed, number, step = lacking[0]
         raise CannotEstimate(
-            f"a selector must pick one row per {' and '.join(keys)}, got {len(group)} for {name} that differ in "
-            f"{', '.join(vary) or 'no recorded condition'}; name these conditions in the claim"
+            f"what is chosen must be reported, but {named(side, arms[number])}, chosen at step {step} in seed {seed}, "
+            f"has no row for {named('report_on', rule.report_on)} there; evaluate both splits at the same steps"
         )
-    broken = rows[~np.isfinite(rows["value"])]
-    if not broken.empty:
-        row = broken.iloc[0]
+    return pd.Series(reported_on.loc[list(best)].to_numpy(), index=best.index)
+
+
+def _interaction(
+    inner: RelativeReduction | SelectedReduction, first: Selector, second: Selector, observations: pd.DataFrame
+) -> pd.Series[float]:
+    read: dict[str, pd.Series[float]] = {}
+    for role, condition in (("first", first), ("second", second)):
+        if repeated := sorted(condition.keys() & inner.where.keys()):
+            raise CannotEstimate(
+                f"what varies in an interaction must not be held in its where, got {', '.join(repeated)} in both; "
+                "name it in first and second alone"
+            )
+        narrowed = dataclasses.replace(inner, where={**inner.where, **condition})
+        read[named(role, condition)] = per_seed_values(narrowed, observations)
+    require_same("seed", read)
+    more, less = read.values()
+    return more - less
+
+
+def _zeros_and_ones(metric: str, rows: pd.DataFrame) -> pd.Series[float]:
+    outcomes = one_each(at_last_step(of_metric(rows, metric)), ["trial_id"], metric)
+    if not outcomes.isin([0, 1]).all():
+        wrong = outcomes[~outcomes.isin([0, 1])].iloc[0]
+        raise CannotEstimate(f"a rate needs outcomes 0 or 1, got {wrong:g} for {metric}; record whether it happened")
+    return outcomes
+
+
+def _counts(estimand: Proportion, rows: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
+    """Successes and attempts of each trial."""
+    names = estimand.successes, estimand.attempts
+    hits, attempts = (one_each(at_last_step(of_metric(rows, name)), ["trial_id"], name) for name in names)
+    require_same("trial", {names[0]: hits, names[1]: attempts})
+    for name, counts in zip(names, (hits, attempts), strict=True):
+        if not ((counts >= 0) & (counts == np.floor(counts))).all():
+            raise CannotEstimate(f"a proportion needs whole counts, got {counts.min():g} for {name}; record counts")
+    positive(attempts, names[1])
+    if (hits > attempts).any():
+        at = (hits > attempts).idxmax()
         raise CannotEstimate(
-            f"values must be finite, got {row['value']} for {name} (seed {row['seed']}, step {row['step']}); "
-            "a trial that gives it must be recorded as diverged"
+            f"a proportion needs at most as many successes as attempts, got {hits[at]:g} of {attempts[at]:g} in trial "
+            f"{at}; exchange {names[0]} and {names[1]}"
         )
-    return rows.set_index(keys)["value"].sort_index()
-
-
-def _at_last_step(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
-    return rows[rows["step"] == rows.groupby(["trial_id", *keys])["step"].transform("max")]
-
-
-def _last(rows: pd.DataFrame, name: str) -> pd.Series[float]:
-    """Per seed, the value at the last recorded step of its trial."""
-    return _one_each(_at_last_step(rows), ["seed"], name)
+    return hits, attempts
 
 
 def _with_level(rows: pd.DataFrame, along: str) -> pd.DataFrame:
@@ -170,43 +225,15 @@ def _with_level(rows: pd.DataFrame, along: str) -> pd.DataFrame:
     return present
 
 
-def _table(rows: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
-    """Values by seed (rows) and level of ``column`` (columns, in rising order), complete."""
-    table = _one_each(rows, ["seed", column], name).unstack(column)
-    for seed, lacking in table.isna().iterrows():
-        if lacking.any():
-            levels = ", ".join(f"{level:g}" for level in table.columns[lacking])
-            raise CannotEstimate(
-                f"every seed needs the same levels of {column}, but {name} lacks {column} {levels} in seed {seed}; "
-                "run what is missing"
-            )
-    return table
-
-
 def _log10_best(rows: pd.DataFrame, name: str, along: str) -> pd.Series[float]:
     """Per seed, log10 of the level of ``along`` that minimises the metric at the last step."""
-    table = _table(_at_last_step(rows, along), along, name)
-    if table.shape[1] < 2:
+    values = table(at_last_step(rows, along), along, name)
+    if values.shape[1] < 2:
         raise CannotEstimate(
-            f"a best level needs at least 2 levels of {along}, got only {table.columns[0]:g} for {name}; run a grid"
+            f"a best level needs at least 2 levels of {along}, got only {values.columns[0]:g} for {name}; run a grid"
         )
-    x = np.log10(table.columns.to_numpy(dtype=np.float64))
-    return table.apply(lambda y: _parabola_minimum(x, y.to_numpy()), axis=1)
-
-
-def _parabola_minimum(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
-    """Abscissa of the minimum: the vertex through the best point and its neighbours, or the point itself at the edge.
-
-    ``argmin`` takes the first of equal values, so the left neighbour of an inner best point is strictly higher: the
-    parabola is convex, and its vertex lies within half a grid step of that point.
-    """
-    i = int(y.argmin())
-    if i in (0, len(x) - 1):
-        return float(x[i])
-    left, right = x[i] - x[i - 1], x[i + 1] - x[i]
-    rise_left, rise_right = y[i - 1] - y[i], y[i + 1] - y[i]
-    curvature = left * rise_right + right * rise_left
-    return float(x[i] + (right**2 * rise_left - left**2 * rise_right) / (2 * curvature))
+    x = np.log10(values.columns.to_numpy(dtype=np.float64))
+    return pd.Series(formulas.best_abscissa(x, values.to_numpy()), index=values.index)
 
 
 def _require_same_steps(treatment: pd.DataFrame, control: pd.DataFrame) -> None:
@@ -219,82 +246,22 @@ def _require_same_steps(treatment: pd.DataFrame, control: pd.DataFrame) -> None:
 
 
 def _residual_sd(rows: pd.DataFrame, name: str) -> pd.Series[float]:
-    """Per seed, the residual standard deviation (n − 2 degrees of freedom) around the least-squares line over steps."""
-    table = _table(rows, "step", name)
-    n = table.shape[1]
+    """Per seed, the residual standard deviation around the least-squares line over steps."""
+    values = table(rows, "step", name)
+    n = values.shape[1]
     if n < MIN_SPREAD_STEPS:
         raise CannotEstimate(
             f"a spread needs at least {MIN_SPREAD_STEPS} recorded steps, got {n} for {name}; evaluate more often"
         )
-    x = table.columns.to_numpy(dtype=np.float64)
-    return table.apply(lambda y: _sd_around_line(x, y.to_numpy()), axis=1)
-
-
-def _sd_around_line(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
-    line = stats.linregress(x, y)
-    residuals = y - line.intercept - line.slope * x
-    return math.sqrt(float(residuals @ residuals) / (len(y) - 2))
-
-
-def _log_log_slopes(rows: pd.DataFrame, name: str, rule: LogLogSlope) -> pd.Series[float]:
-    """Per seed, the slope over the last decade of steps, once the gates of the rule are passed."""
-    table = _table(rows, "step", name)
-    steps = table.columns.to_numpy(dtype=np.float64)
-    opens = steps.max() / 10
-    _require_gates(rows[rows["step"] >= opens], name, rule)
-    last = _slopes(table, steps >= opens, name)
-    before = _slopes(table, (steps >= opens / 10) & (steps <= opens), name)
-    if abs(last.mean() - before.mean()) > rule.agree_within:
-        raise CannotEstimate(
-            f"the slope must agree with that of the decade before within {rule.agree_within:g}, got {last.mean():.3f} "
-            f"after {before.mean():.3f} for {name}; run longer, or state the claim of a later window"
-        )
-    return last
-
-
-def _slopes(table: pd.DataFrame, window: npt.NDArray[np.bool_], name: str) -> pd.Series[float]:
-    if window.sum() < MIN_SLOPE_STEPS:
-        raise CannotEstimate(
-            f"a slope needs at least {MIN_SLOPE_STEPS} recorded steps in each of the last two decades, got "
-            f"{window.sum()} for {name}; record more"
-        )
-    values = table.loc[:, window]
-    if not (least := float(values.to_numpy().min())) > 0:
-        raise CannotEstimate(f"a log-log slope needs positive values, got {least:g} for {name}; use another metric")
-    x = np.log(values.columns.to_numpy(dtype=np.float64))
-    return values.apply(lambda y: float(stats.linregress(x, np.log(y.to_numpy())).slope), axis=1)
-
-
-def _require_gates(window: pd.DataFrame, name: str, rule: LogLogSlope) -> None:
-    """The start must be forgotten when the window opens, and the average short compared with the time till then."""
-    opens = window[window["step"] == window["step"].min()]
-    if rule.min_forgetting is not None:
-        if "forgetting" not in opens.columns or opens["forgetting"].isna().any():
-            raise CannotEstimate(f"a slope needs the condition forgetting (μ Σ γ), which {name} lacks; record it")
-        if opens["forgetting"].min() < rule.min_forgetting:
-            raise CannotEstimate(
-                f"the slowest direction must have forgotten its start (μ Σ γ ≥ {rule.min_forgetting:g}) when the "
-                f"window opens, got {opens['forgetting'].min():.3g} at step {opens['step'].iloc[0]:g} for {name}; "
-                "run longer"
-            )
-    horizon = opens["horizon_steps"].max() if "horizon_steps" in opens.columns else math.nan
-    if horizon * rule.min_horizons > opens["step"].min():
-        raise CannotEstimate(
-            f"the window must open after {rule.min_horizons:g} averaging horizons ({rule.min_horizons * horizon:g} "
-            f"steps), got {opens['step'].min():g} for {name}; run longer"
-        )
+    x = values.columns.to_numpy(dtype=np.float64)
+    return pd.Series(formulas.residual_sd(x, values.to_numpy()), index=values.index)
 
 
 def _per_trial(estimand: Estimand, rows: pd.DataFrame) -> pd.Series[float]:
     """The estimand of each trial by itself, indexed by ``trial_id``."""
     return pd.Series(
-        {str(trial): float(per_seed_values(estimand, of_trial).iloc[0]) for trial, of_trial in rows.groupby("trial_id")}
+        {
+            str(trial): float(_values(estimand, of_trial, exact=True).iloc[0])
+            for trial, of_trial in rows.groupby("trial_id")
+        }
     ).sort_index()
-
-
-def _positive(values: pd.Series[float], what: str) -> pd.Series[float]:
-    if not (values > 0).all():
-        raise CannotEstimate(
-            f"a ratio needs a positive denominator, got {values.min():g} for {what}; use another metric"
-        )
-    return values

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from analysis.arms import mechanics
@@ -29,7 +30,7 @@ from analysis.load import Campaign, load_campaigns
 from analysis.statistics import MAX_SEEDS
 from analysis.ticks import render_ticks
 from analysis.verdicts import Verdict
-from experiments.harness.claims import is_exact
+from experiments.harness.claims import Claim, is_exact
 from experiments.harness.experiment import Experiment, UserError, load_experiments, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,8 @@ OUTCOMES = {
     "refuted": ("❌", "❌ **Проверено: опровергнуто**", "опровергнуто"),
     "insufficient": ("🟡", "🟡 **Недостаточно данных**", "недостаточно данных"),
 }
-HEADER = ("Статус", "Утверждение", "Верно, если", "Оценка", "Интервал 95 %", "n", "Область", "Эксперимент")
+HEADER = ("Статус", "Утверждение", "Условие", "Верно, если", "Оценка", "Интервал 95 %", "n", "Область")
+AS_ABOVE = "″"
 NOTE = (
     "Интервалы одновременные (95 % на все утверждения эксперимента вместе); у точных величин — размах по запускам. "
     "n — число сидов (у точных величин — запусков)."
@@ -144,32 +146,42 @@ def differences(text: str, rendered: str) -> list[str]:
 
 def _section(section: Section, findings: Sequence[Finding], root: Path) -> str:
     if findings and any(finding.evidence for finding in findings):
-        right = [name in ("Верно, если", "Оценка", "Интервал 95 %", "n") for name in HEADER]
-        table = markdown_table(HEADER, [_row(finding) for finding in findings], right, padded=False)
-        return f"{table}\n\n{_sources(findings)}\n\n{NOTE}"
+        by_experiment = [list(group) for _, group in groupby(findings, key=lambda f: f.experiment.name)]
+        return "\n\n".join([*map(_experiment, by_experiment), NOTE])
     rows = [[PENDING, section.pending]]
     if section.tested:
         rows.insert(0, ["✅ **Проверено**" if (root / section.tests).exists() else PENDING, section.tested])
-    rows += [[PENDING, f"{f.claim.statement} ({_link(f.experiment)})"] for f in findings]
+    rows += [[PENDING, f"{_statement(f.claim)} ({_link(f.experiment)})"] for f in findings]
     return markdown_table(["Статус", "Описание"], rows, [False, False], padded=False)
 
 
-def _row(finding: Finding) -> list[str]:
+def _experiment(findings: Sequence[Finding]) -> str:
+    """The claims that one experiment tests, under its name; a statement is written once for all its conditions."""
+    right = [name in ("Верно, если", "Оценка", "Интервал 95 %", "n") for name in HEADER]
+    rows, above = [], ""
+    for finding in findings:
+        statement = f"{finding.claim.statement} *({finding.claim.source})*"
+        rows.append(_row(finding, AS_ABOVE if statement == above else statement))
+        above = statement
+    table = markdown_table(HEADER, rows, right, padded=False)
+    return f"**Эксперимент {_link(findings[0].experiment)}**\n\n{table}\n\n{_sources(findings)}".rstrip()
+
+
+def _row(finding: Finding, statement: str) -> list[str]:
     claim, evidence = finding.claim, finding.evidence
-    statement = f"{claim.statement} *({claim.source})*"
-    true_if = format_region(claim.estimand, claim.region, RUSSIAN)
+    condition, true_if = claim.condition or NOTHING, format_region(claim.estimand, claim.region, RUSSIAN)
     if evidence is None:
-        return [PENDING, statement, true_if, NOTHING, NOTHING, NOTHING, NOTHING, _link(finding.experiment)]
+        return [PENDING, statement, condition, true_if, *[NOTHING] * 4]
     verdict = evidence.verdict
     return [
         _outcome(verdict),
         statement + _mechanics(evidence),
+        condition,
         true_if,
         format_estimate(claim.estimand, verdict.estimate, RUSSIAN),
         format_interval(claim.estimand, verdict.interval, RUSSIAN),
         NOTHING if evidence.n is None else str(evidence.n),
         evidence.verdict.scope,
-        _link(finding.experiment),
     ]
 
 
@@ -213,6 +225,10 @@ def _sources(findings: Iterable[Finding]) -> str:
         for c in speaking.values()
     ]
     return "\n".join(lines)
+
+
+def _statement(claim: Claim) -> str:
+    return f"{claim.statement} — {claim.condition}" if claim.condition else claim.statement
 
 
 def _link(experiment: Experiment) -> str:

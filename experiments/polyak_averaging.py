@@ -329,6 +329,10 @@ _WORLD_WORDS = {
 }
 
 
+def _spaced(number: int) -> str:
+    return f"{number:_}".replace("_", " ")
+
+
 def _slope_claims(world: str, schedule: str) -> list[Claim]:
     """What seed 000 says of rates, for one world and one schedule."""
     where = {"track": "rates", "world": world, "schedule": schedule}
@@ -336,13 +340,13 @@ def _slope_claims(world: str, schedule: str) -> list[Claim]:
     metric = EXCESS_LOSS.name if world == "flat" else SQUARED_ERROR.name
     told = "избыточный loss" if world == "flat" else "квадрат ошибки"
     key, table = "seed 000, «Ключевой результат»", "seed 000, «Теоретический выигрыш»"
-    end = f"({_WORLD_WORDS[world]}; {_WORDS[schedule]})"
 
     def claim(id: str, statement: str, source: str, metric: str, arm: str, region: Region) -> Claim:
         slope = LogLogSlope(metric, {"arm": arm}, where, min_forgetting=forgetting)
         estimand: Estimand = Exact(slope) if world == "quadratic" else slope
         name = f"{id}-{world}-{_SLUG[schedule]}".replace("_", "-")
-        return Claim(name, f"{statement} {end}", "ema", source, estimand, region)
+        condition = f"{_WORLD_WORDS[world]}; {_WORDS[schedule]}"
+        return Claim(name, statement, "ema", source, estimand, region, condition=condition)
 
     root = "Стандартный SGD сходится как O(1/√t), порядок точный"
     inverse = "SGD с Polyak averaging сходится как O(1/t), порядок точный"
@@ -371,55 +375,57 @@ def _decay_claims(schedule: str, start: str) -> list[Claim]:
     """What seed 003 says of the choice of a decay, for one schedule and one start of the average."""
     where = {"track": "decays", "schedule": schedule, "start": start}
     begins = {"initial_weights": "EMA с θ(0)", "bias_corrected": "EMA с поправкой на начало"}[start]
-    end, slug = f"({_WORDS[schedule]}; {begins})", f"{schedule}-{start}".replace("_", "-")
+    condition, slug = f"{_WORDS[schedule]}; {begins}", f"{schedule}-{start}".replace("_", "-")
     loss = EXCESS_LOSS.name
     grid = ({"arm": "last"}, *({"arm": name} for name, _ in _grid(Settings.decays_per_decade)))
     family = {**where, "family": "grid"}
     claims = [
         Claim(
             f"best-horizon-grows-from-{short}-{slug}",
-            f"Чем длиннее обучение, тем ближе decay к 1: от {short:,} к {long:,} шагов лучший горизонт растёт не менее "
-            f"чем вдвое {end}".replace(",", " ", 2),
+            f"Чем длиннее обучение, тем ближе decay к 1: от {_spaced(short)} к {_spaced(long)} шагов лучший горизонт "
+            "растёт не менее чем вдвое",
             "ema",
             "seed 003, «Правило»",
             Exact(ArgBestShift(loss, "horizon_steps", {"steps": short}, {"steps": long}, family)),
             Region(low=0.3),
+            condition=condition,
         )
         for short, long in ((1_000, 10_000), (10_000, 100_000))
     ]
     for steps, decay in GUIDE.items():
         at = {**where, "steps": steps}
-        told = f"{steps:_}".replace("_", " ")
         claims += [
             Claim(
                 f"guide-decay-{decay:g}-at-{steps}-{slug}",
-                f"При ~{told} шагов decay = {decay:g} хорош: проигрывает лучшему не более чем в 1,25 раза {end}",
+                f"При ~{_spaced(steps)} шагов decay = {decay:g} хорош: проигрывает лучшему не более чем в 1,25 раза",
                 "ema",
                 "seed 003, «Выбор decay», таблица",
                 Exact(Regret(loss, {"arm": f"guide_{decay:g}"}, grid, at)),
                 Region(high=0.25),
+                condition=condition,
             ),
             Claim(
                 f"optimal-decay-at-{steps}-{slug}",
-                f"При {told} шагов compute_optimal_decay(T) проигрывает лучшему decay не более чем в 1,25 раза {end}",
+                f"При {_spaced(steps)} шагов compute_optimal_decay(T) проигрывает лучшему не более чем в 1,25 раза",
                 "ema",
                 "seed 003, «Автоматический расчёт»",
                 Exact(Regret(loss, {"arm": "ema_optimal"}, grid, at)),
                 Region(high=0.25),
+                condition=condition,
             ),
         ]
     return claims
 
 
+_WORLDS = ("quadratic", *STREAMS)
+_AVERAGED = [
+    (schedule, start) for schedule in ("constant", "cosine") for start in ("initial_weights", "bias_corrected")
+]
 CLAIMS = (
-    *(c for world in ("quadratic", *STREAMS) for schedule in SCHEDULES for c in _slope_claims(world, schedule)),
-    *(
-        c
-        for schedule in ("constant", "cosine")
-        for start in ("initial_weights", "bias_corrected")
-        for c in _decay_claims(schedule, start)
-    ),
+    *(c for w in _WORLDS for told in zip(*(_slope_claims(w, s) for s in SCHEDULES), strict=True) for c in told),
+    *(c for told in zip(*(_decay_claims(*condition) for condition in _AVERAGED), strict=True) for c in told),
 )
+"""Sentence by sentence, each under all its conditions."""
 
 EXPERIMENT = Experiment(
     name="polyak_averaging",

@@ -174,6 +174,19 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Proportion:
+    """Share of the attempts that each trial counts which succeed: a probability; the unit is the attempt.
+
+    Both counts are read at the last step and summed over trials. Its interval is the exact binomial one (Clopper &
+    Pearson 1934); attempts count as independent, with one probability for all.
+    """
+
+    successes: str
+    attempts: str
+    where: Selector = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Exact:
     """An estimand of values that were computed without sampling error, one per trial.
 
@@ -194,6 +207,7 @@ Estimand = (
     | Interaction
     | Ratio
     | Rate
+    | Proportion
     | Regret
     | ArgBestShift
     | SpreadReduction
@@ -233,6 +247,8 @@ class Claim:
     region: Region
     alpha: float = 0.05
     """Family-wise error rate of the experiment's intervals."""
+    condition: str = ""
+    """Under which condition, where a sentence is judged under several: in a few words, beside its statement."""
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:

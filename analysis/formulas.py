@@ -1,0 +1,71 @@
+"""The formula of each estimand on aligned arrays: what a value is, apart from how its rows are found.
+
+Serves every section of THEORY.md. ``analysis.estimands`` finds the rows of a claim and applies these formulas seed by
+seed; ``experiments.verdict_calibration`` applies the same ones to ten thousand simulated experiments at once. The last
+axis is the one that a formula reduces; all others are kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Array = npt.NDArray[np.float64]
+
+
+def relative_reduction(treatment: Array, control: Array) -> Array:
+    """``(control − treatment) / control``."""
+    return (control - treatment) / control
+
+
+def regret(choice: Array, rivals: Array) -> Array:
+    """``choice / min(rivals) − 1``; rivals along the last axis."""
+    return choice / rivals.min(axis=-1) - 1
+
+
+def spread_reduction(treatment: Array, control: Array) -> Array:
+    """``1 − s(treatment) / s(control)`` of two residual standard deviations."""
+    return 1 - treatment / control
+
+
+def value_of_chosen(chosen_on: Array, reported_on: Array) -> Array:
+    """The value of ``reported_on`` where ``chosen_on`` is least (the first of equals), along the last axis."""
+    best = chosen_on.argmin(axis=-1, keepdims=True)
+    return np.take_along_axis(reported_on, best, axis=-1)[..., 0]
+
+
+def best_abscissa(x: Array, y: Array) -> Array:
+    """Abscissa of the minimum: the vertex through the best point and its neighbours, or the point itself at the edge.
+
+    ``argmin`` takes the first of equal values, so the left neighbour of an inner best point is strictly higher: the
+    parabola is convex, and its vertex lies within half a grid step of that point.
+
+    Args:
+        x: abscissae in rising order, shape (k,).
+        y: values, shape (…, k).
+    """
+    best = y.argmin(axis=-1)
+    inner = (best > 0) & (best < len(x) - 1)
+    if not inner.any():
+        return np.asarray(x[best])
+    i = np.where(inner, best, 1)
+    at = np.take_along_axis(y, i[..., None] + np.array([-1, 0, 1]), axis=-1)
+    left, right = x[i] - x[i - 1], x[i + 1] - x[i]
+    rise_left, rise_right = at[..., 0] - at[..., 1], at[..., 2] - at[..., 1]
+    numerator = right**2 * rise_left - left**2 * rise_right
+    curvature = np.where(inner, left * rise_right + right * rise_left, 1.0)
+    return np.asarray(np.where(inner, x[i] + numerator / (2 * curvature), x[best]))
+
+
+def residual_sd(x: Array, y: Array) -> Array:
+    """Residual standard deviation (k − 2 degrees of freedom) of ``y`` around its least-squares line over ``x``."""
+    x = np.broadcast_to(x, y.shape)
+    line = stats.linregress(x, y, axis=-1)
+    residuals = y - np.asarray(line.intercept)[..., None] - np.asarray(line.slope)[..., None] * x
+    return np.asarray(np.sqrt((residuals**2).sum(axis=-1) / (y.shape[-1] - 2)))
+
+
+def slope(x: Array, y: Array) -> Array:
+    """Slope of the least-squares line of ``y`` over ``x``."""
+    return np.asarray(stats.linregress(np.broadcast_to(x, y.shape), y, axis=-1).slope)
