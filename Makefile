@@ -37,6 +37,7 @@ tables: $(READY)
 	$(PY) -m analysis.figures
 	$(PY) -m analysis.notebooks.build
 	$(PY) -m analysis.theory
+	$(PY) -m analysis.claims_page
 
 clean:
 	rm -rf $(VENV) runs *.egg-info
