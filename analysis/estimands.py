@@ -9,6 +9,7 @@ the seeds. Rates, proportions and exact quantities have the trial as their unit.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -45,10 +46,11 @@ from experiments.harness.claims import (
     SelectedReduction,
     Selector,
     SpreadReduction,
+    bare,
 )
 from experiments.harness.experiment import unknown
 
-__all__ = ["CannotEstimate", "per_seed_values", "select", "successes"]
+__all__ = ["CannotEstimate", "per_seed_values", "select", "selectors", "successes"]
 
 MIN_SPREAD_STEPS = 4
 
@@ -84,6 +86,27 @@ def successes(estimand: Rate | Proportion, observations: pd.DataFrame) -> tuple[
     return int(hits.sum()), int(attempts.sum())
 
 
+def selectors(estimand: Estimand) -> list[Selector]:
+    """The selectors of an estimand's arms (treatment, control, choice, rivals, …); an empty one if it has none.
+
+    Those of an interaction are its arms under both conditions.
+    """
+    estimand = bare(estimand)
+    if isinstance(estimand, Interaction):
+        conditions = (estimand.first, estimand.second)
+        return [{**arm, **condition} for arm in selectors(estimand.estimand) for condition in conditions]
+    found: list[Selector] = []
+    for field in dataclasses.fields(estimand):
+        value = getattr(estimand, field.name)
+        if field.name in ("where", "choose_on", "report_on"):
+            continue
+        if isinstance(value, Mapping):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found.extend(value)
+    return found or [{}]
+
+
 def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> pd.Series[float]:
     rows = select(observations, estimand.where)
     match estimand:
@@ -113,7 +136,7 @@ def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> p
             _require_same_steps(select(rows, treatment), select(rows, control))
             t, c = of_arms(rows, {"treatment": treatment, "control": control}, _residual_sd)
             c = positive(c, f"residual standard deviation of {metric} of the control")
-            return _series(formulas.spread_reduction(t.to_numpy(), c.to_numpy()), t)
+            return _series(formulas.spread_reduction(_array(t), _array(c)), t)
         case LogLogSlope(metric, arm):
             read_slopes = partial(log_log_slopes, rule=estimand, exact=exact)
             (slopes,) = of_arms(of_metric(rows, metric), {"arm": arm}, read_slopes)
@@ -131,13 +154,17 @@ def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> p
             return top / positive(bottom, denominator)
 
 
+def _array(values: pd.Series[float] | pd.DataFrame) -> formulas.Array:
+    return values.to_numpy(dtype=np.float64)
+
+
 def _series(values: formulas.Array, like: pd.Series[float]) -> pd.Series[float]:
     return pd.Series(values, index=like.index)
 
 
 def _reduction(treatment: pd.Series[float], control: pd.Series[float], metric: str) -> pd.Series[float]:
     control = positive(control, f"{metric} of the control")
-    return _series(formulas.relative_reduction(treatment.to_numpy(), control.to_numpy()), control)
+    return _series(formulas.relative_reduction(_array(treatment), _array(control)), control)
 
 
 def _regret(rows: pd.DataFrame, metric: str, choice: Selector, rivals: tuple[Selector, ...]) -> pd.Series[float]:
@@ -147,7 +174,7 @@ def _regret(rows: pd.DataFrame, metric: str, choice: Selector, rivals: tuple[Sel
         raise CannotEstimate("a regret needs at least 1 rival, got none; name the rivals in the claim")
     values = pd.concat(others, axis=1)
     positive(values.min(axis=1), f"{metric} of the best rival")
-    return _series(formulas.regret(chosen.to_numpy(), values.to_numpy()), chosen)
+    return _series(formulas.regret(_array(chosen), _array(values)), chosen)
 
 
 def _of_chosen(rows: pd.DataFrame, side: str, arms: tuple[Selector, ...], rule: SelectedReduction) -> pd.Series[float]:
@@ -206,10 +233,10 @@ def _counts(estimand: Proportion, rows: pd.DataFrame) -> tuple[pd.Series[float],
             raise CannotEstimate(f"a proportion needs whole counts, got {counts.min():g} for {name}; record counts")
     positive(attempts, names[1])
     if (hits > attempts).any():
-        at = (hits > attempts).idxmax()
+        wrong = int((hits > attempts).to_numpy().argmax())
         raise CannotEstimate(
-            f"a proportion needs at most as many successes as attempts, got {hits[at]:g} of {attempts[at]:g} in trial "
-            f"{at}; exchange {names[0]} and {names[1]}"
+            f"a proportion needs at most as many successes as attempts, got {hits.iloc[wrong]:g} of "
+            f"{attempts.iloc[wrong]:g} in trial {hits.index[wrong]}; exchange {names[0]} and {names[1]}"
         )
     return hits, attempts
 
@@ -233,7 +260,7 @@ def _log10_best(rows: pd.DataFrame, name: str, along: str) -> pd.Series[float]:
             f"a best level needs at least 2 levels of {along}, got only {values.columns[0]:g} for {name}; run a grid"
         )
     x = np.log10(values.columns.to_numpy(dtype=np.float64))
-    return pd.Series(formulas.best_abscissa(x, values.to_numpy()), index=values.index)
+    return pd.Series(formulas.best_abscissa(x, _array(values)), index=values.index)
 
 
 def _require_same_steps(treatment: pd.DataFrame, control: pd.DataFrame) -> None:
@@ -254,7 +281,7 @@ def _residual_sd(rows: pd.DataFrame, name: str) -> pd.Series[float]:
             f"a spread needs at least {MIN_SPREAD_STEPS} recorded steps, got {n} for {name}; evaluate more often"
         )
     x = values.columns.to_numpy(dtype=np.float64)
-    return pd.Series(formulas.residual_sd(x, values.to_numpy()), index=values.index)
+    return pd.Series(formulas.residual_sd(x, _array(values)), index=values.index)
 
 
 def _per_trial(estimand: Estimand, rows: pd.DataFrame) -> pd.Series[float]:

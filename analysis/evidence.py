@@ -6,14 +6,14 @@ a claim there; they have their place in the tables of ``analysis.tables``.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from analysis.estimands import CannotEstimate, per_seed_values
+from analysis.estimands import CannotEstimate, per_seed_values, successes
+from analysis.estimands import selectors as selectors
 from analysis.load import Campaign, agrees
 from analysis.verdicts import NOT_MEASURED, Verdict, judge_campaign
-from experiments.harness.claims import Claim, Estimand, Selector, bare
+from experiments.harness.claims import Claim, Proportion, Rate
 from experiments.harness.experiment import Experiment
 from experiments.harness.record import TrialSpec
 
@@ -30,7 +30,7 @@ class Evidence:
 
     @property
     def n(self) -> int | None:
-        """Replicates of the estimate: seeds, or trials for an exact ratio; None where there is no estimate."""
+        """Replicates of the estimate, see ``replicates``; None where there is no estimate."""
         return replicates(self.verdict.claim, self.campaign)
 
 
@@ -97,22 +97,11 @@ def planned(claim: Claim, plan: Sequence[TrialSpec]) -> bool:
     )
 
 
-def selectors(estimand: Estimand) -> list[Selector]:
-    """The selectors of an estimand's arms (treatment, control, choice, rivals, …); an empty one if it has none."""
-    found: list[Selector] = []
-    estimand = bare(estimand)
-    for field in dataclasses.fields(estimand):
-        value = getattr(estimand, field.name)
-        if field.name != "where" and isinstance(value, Mapping):
-            found.append(value)
-        elif isinstance(value, tuple):
-            found.extend(value)
-    return found or [{}]
-
-
 def replicates(claim: Claim, campaign: Campaign) -> int | None:
-    """Number of replicates behind an estimate; None where it cannot be estimated."""
+    """What an estimate counts: seeds, trials for an exact ratio, attempts for a probability; None without estimate."""
     try:
+        if isinstance(claim.estimand, Rate | Proportion):
+            return successes(claim.estimand, campaign.observations)[1]
         return int(per_seed_values(claim.estimand, campaign.observations).size)
     except CannotEstimate:
         return None

@@ -10,7 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.harness.claims import ArgBestShift, Estimand, ExactRatio, LogLogSlope, Region, bare
+from experiments.harness.claims import (
+    ArgBestShift,
+    Estimand,
+    ExactRatio,
+    LogLogSlope,
+    Proportion,
+    Rate,
+    Ratio,
+    Region,
+    bare,
+)
 
 NO_BREAK_SPACE = "\u00a0"
 MINUS = "\u2212"
@@ -47,7 +57,7 @@ RUSSIAN = Style(decimal=",", percent=f"{NO_BREAK_SPACE}%", thousands=NO_BREAK_SP
 
 def is_relative(estimand: Estimand) -> bool:
     """Whether an estimand is a share, shown as percent."""
-    return not isinstance(bare(estimand), ExactRatio | ArgBestShift | LogLogSlope)
+    return not isinstance(bare(estimand), ExactRatio | Ratio | ArgBestShift | LogLogSlope)
 
 
 def format_estimate(estimand: Estimand, value: float | None, style: Style, digits: int = 2) -> str:
@@ -55,7 +65,7 @@ def format_estimate(estimand: Estimand, value: float | None, style: Style, digit
     if value is None:
         return NOTHING
     if is_relative(estimand):
-        return style.share(value, digits, signed=True)
+        return style.share(value, digits, signed=not isinstance(estimand, Rate | Proportion))
     return style.number(value, 3, signed=isinstance(bare(estimand), ArgBestShift | LogLogSlope))
 
 

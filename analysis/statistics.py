@@ -2,7 +2,12 @@
 
 Serves every section of THEORY.md. The unit of replication is the training seed; ``analysis.estimands`` has already
 reduced each seed to one value. Intervals therefore cover the variation between training seeds, on the one evaluation
-set that was used; they say nothing about other models, data or hardware.
+set that was used; they say nothing about other models, data or hardware. ``analysis.hierarchy`` takes test items into
+account, ``analysis.planning`` the power of a design.
+
+Intervals of one experiment hold simultaneously by Bonferroni's inequality. Holm's step-down procedure rejects more
+hypotheses at the same error rate, but by an order of p-values: it has no intervals, and a verdict is where an interval
+lies.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from experiments.harness.claims import Region
 __all__ = [
     "CannotEstimate",
     "Estimate",
+    "attempts_needed",
+    "binomial_interval",
     "bonferroni",
     "exact_range",
     "mean_interval",
@@ -28,6 +35,7 @@ __all__ = [
     "seeds_needed",
     "select",
     "sign_flip_p",
+    "t_interval",
 ]
 
 MAX_SEEDS = 200
@@ -43,14 +51,16 @@ class Estimate:
     high: float
     n: int
     sd: float | None
-    """Sample standard deviation over seeds; None for a quantity without sampling error."""
+    """Sample standard deviation over seeds; None for a quantity without sampling error and for a probability."""
 
 
 def mean_interval(values: npt.ArrayLike, alpha: float) -> Estimate:
     """The mean over seeds and its two-sided ``1 − alpha`` Student-t interval.
 
     Estimates the expected value over training seeds. Within-seed pairs have already been reduced to one value, so
-    this is the paired-t interval. Assumes that the seeds are independent and the values about normal.
+    this is the paired-t interval. Assumes that the seeds are independent and the values about normal; what becomes of
+    its level where they are not is measured by ``verdict_calibration``. ``sign_flip_p`` stands beside it without that
+    assumption.
 
     Raises:
         CannotEstimate: with fewer than two values, or with values that are all equal.
@@ -65,10 +75,46 @@ def mean_interval(values: npt.ArrayLike, alpha: float) -> Estimate:
             f"all {sample.size} seeds gave exactly {sample[0]:g}: no variance to estimate an interval from; "
             "use a finer measurement, or check that the seed reaches the training"
         )
-    interval = stats.ttest_1samp(sample, popmean=0.0).confidence_interval(confidence_level=1 - alpha)
-    return Estimate(
-        float(sample.mean()), float(interval.low), float(interval.high), sample.size, float(sample.std(ddof=1))
-    )
+    low, high = t_interval(sample, alpha)
+    return Estimate(float(sample.mean()), float(low), float(high), sample.size, float(sample.std(ddof=1)))
+
+
+def t_interval(
+    samples: npt.NDArray[np.float64], alpha: float
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Bounds of the two-sided ``1 − alpha`` Student-t interval of the mean along the last axis, shape (…, n) → (…)."""
+    interval = stats.ttest_1samp(samples, popmean=0.0, axis=-1).confidence_interval(confidence_level=1 - alpha)
+    return np.asarray(interval.low), np.asarray(interval.high)
+
+
+def binomial_interval(successes: int, attempts: int, alpha: float) -> Estimate:
+    """The share of successes and its exact two-sided ``1 − alpha`` interval (Clopper & Pearson 1934).
+
+    Assumes independent attempts with one probability of success. It covers at least ``1 − alpha`` at any number of
+    attempts, and more where they are few.
+
+    Raises:
+        CannotEstimate: without an attempt.
+    """
+    if attempts < 1:
+        raise CannotEstimate(f"a probability needs at least 1 attempt, got {attempts}; run the trials that count it")
+    interval = stats.binomtest(successes, attempts).proportion_ci(confidence_level=1 - alpha, method="exact")
+    return Estimate(successes / attempts, float(interval.low), float(interval.high), attempts, sd=None)
+
+
+def attempts_needed(share: float, region: Region, alpha: float) -> int | None:
+    """The smallest number of attempts (at most 200) that would decide at an observed share of successes.
+
+    As ``seeds_needed``, it takes the observed share for the true one. None if 200 do not suffice.
+    """
+    edge = nearest_edge(region, share)
+    if edge is None:
+        return None
+    for attempts in range(1, MAX_SEEDS + 1):
+        interval = binomial_interval(round(share * attempts), attempts, alpha)
+        if interval.high < edge or interval.low > edge:
+            return attempts
+    return None
 
 
 def exact_range(values: npt.ArrayLike) -> Estimate:

@@ -1,8 +1,16 @@
 """Verdicts: where the interval of an estimate lies relative to the region in which the claim is true.
 
 Serves every section of THEORY.md. One rule for all claims: the interval entirely inside the region confirms, entirely
-outside refutes, across an edge is insufficient. With a planned trial missing or failed, or without an estimate, a
-claim is at most insufficient.
+outside refutes, across an edge is insufficient. With a planned trial missing or failed, without an estimate, or with
+fewer seeds than the calibration asks for (``MIN_SEEDS``), a claim is at most insufficient.
+
+The level. A verdict is false if it says confirmed where the truth lies outside the region, or refuted where it lies
+inside. Whichever side of an edge the truth is on, only one of the two can be false, and only one end of the two-sided
+``1 − alpha`` interval can bring it about: so the nominal probability of a false verdict is at most ``alpha / 2``, and
+what is promised is ``alpha``. The other half is what deviations from normality may use up (``verdict_calibration``
+measures how much they do). An equivalence is the same rule with a region that has two edges. Two one-sided tests of
+size ``a`` confirm it where the ``1 − 2a`` interval lies inside (Schuirmann 1987): confirming by the ``1 − alpha``
+interval is that test at size ``alpha / 2``.
 """
 
 from __future__ import annotations
@@ -12,11 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from analysis.estimands import CannotEstimate, per_seed_values, select
-from analysis.load import Campaign
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from analysis.estimands import CannotEstimate, per_seed_values, select, selectors, successes
+from analysis.load import Campaign, agrees
 from analysis.statistics import (
     MAX_SEEDS,
     Estimate,
+    attempts_needed,
+    binomial_interval,
     bonferroni,
     exact_range,
     mean_interval,
@@ -24,12 +38,24 @@ from analysis.statistics import (
     seeds_needed,
     sign_flip_p,
 )
-from experiments.harness.claims import Claim, Region, is_exact
+from experiments.harness.claims import Claim, Estimand, Proportion, Rate, Region, is_exact
 from experiments.harness.record import TrialRecord
 
 Outcome = Literal["confirmed", "refuted", "insufficient"]
 
 NOT_MEASURED = "not measured at this scale"
+
+MIN_SEEDS = {
+    "RelativeReduction": 3,
+    "SelectedReduction": 3,
+    "Interaction": 3,
+    "Ratio": 3,
+    "Regret": 3,
+    "ArgBestShift": 3,
+    "SpreadReduction": 3,
+    "LogLogSlope": 3,
+}
+"""Fewest seeds with which a mean over seeds is judged, by estimand."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +77,9 @@ class Verdict:
     simultaneous_alpha: float | None
     """Error rate of this interval; None for an interval without a confidence level."""
     p_sign_flip: float | None
-    """Sign-flip test of the region's edge nearest to the estimate, not adjusted for multiplicity."""
+    """Sign-flip test of the region's edge nearest to the estimate, not adjusted; None for a probability."""
     seeds_needed: int | None
-    """Seeds in all that would decide an interval that lies across an edge; None also where 200 would not."""
+    """Seeds in all (attempts of a rate) that would decide what is undecided; None also where 200 would not."""
     reason: str
 
 
@@ -90,12 +116,29 @@ def judge_campaign(claims: Sequence[Claim], campaign: Campaign) -> list[Verdict]
             f"{campaign.scale!r}; judge a campaign of another scale"
         )
     n_sampled = sum(not is_exact(claim.estimand) for claim in claims)
-    return [_judge(claim, campaign, n_sampled) for claim in claims]
+    uses = Counter(claim.id for claim in claims)
+    return [_judge(claim, campaign, n_sampled, uses[claim.id]) for claim in claims]
 
 
-def _judge(claim: Claim, campaign: Campaign, n_sampled: int) -> Verdict:
+def decided(
+    low: npt.ArrayLike, high: npt.ArrayLike, region: Region
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Whether intervals confirm, and whether they refute: the verdict rule, for one interval or for many.
+
+    The region is closed, so an interval that touches its edge from within is inside.
+    """
+    low, high = np.asarray(low), np.asarray(high)
+    return (region.low <= low) & (high <= region.high), (high < region.low) | (region.high < low)
+
+
+def _judge(claim: Claim, campaign: Campaign, n_sampled: int, uses: int) -> Verdict:
     alpha = None if is_exact(claim.estimand) else bonferroni(claim.alpha, n_sampled)
-    finding = _find(claim, campaign, alpha)
+    if uses > 1:
+        # Records register a claim's digest by its id: with two of one id, neither is known to have stood.
+        taken = f"a claim id must be unique, but {claim.id} is taken by {uses} claims; rename all but one"
+        finding = _Finding("insufficient", taken)
+    else:
+        finding = _find(claim, campaign, alpha)
     lack = _what_is_missing(campaign)
     estimate = finding.estimate
     return Verdict(
@@ -128,14 +171,31 @@ def _find(claim: Claim, campaign: Campaign, alpha: float | None) -> _Finding:
         if select(observations, claim.estimand.where).empty:
             return _Finding("insufficient", NOT_MEASURED)
         values = per_seed_values(claim.estimand, observations)
-        estimate = exact_range(values) if alpha is None else mean_interval(values, alpha)
+        _require_every_trial(claim.estimand, campaign, values)
+        if alpha is None:
+            estimate = exact_range(values)
+            return _Finding(*_place(estimate, claim.region), estimate)
+        if isinstance(claim.estimand, Rate | Proportion):
+            counts = successes(claim.estimand, observations)
+            return _of_probability(claim.estimand, claim.region, binomial_interval(*counts, alpha), alpha)
+        return _of_mean(claim, values, mean_interval(values, alpha), alpha)
     except CannotEstimate as error:
         return _Finding("insufficient", str(error))
+
+
+def _of_mean(claim: Claim, values: pd.Series[float], estimate: Estimate, alpha: float) -> _Finding:
+    """The verdict on a mean over seeds, with what its number of seeds allows."""
     outcome, reason = _place(estimate, claim.region)
-    if alpha is None:
-        return _Finding(outcome, reason, estimate)
     edge = nearest_edge(claim.region, estimate.value)
     p = None if edge is None else sign_flip_p(values, edge)
+    least = MIN_SEEDS[type(claim.estimand).__name__]
+    if estimate.n < least:
+        few = (
+            f"a verdict on a {type(claim.estimand).__name__} needs at least {least} seeds, got {estimate.n} "
+            f"(verdict_calibration: with fewer, false verdicts can exceed alpha); run {least - estimate.n} more"
+        )
+        needed = least if outcome != "insufficient" else seeds_needed(values, claim.region, alpha)
+        return _Finding("insufficient", few, estimate, p, None if needed is None else max(needed, least))
     if outcome != "insufficient":
         return _Finding(outcome, reason, estimate, p)
     needed = seeds_needed(values, claim.region, alpha)
@@ -143,11 +203,39 @@ def _find(claim: Claim, campaign: Campaign, alpha: float | None) -> _Finding:
     return _Finding(outcome, f"{reason}: {hint} at the observed mean and spread", estimate, p, needed)
 
 
+def _of_probability(estimand: Rate | Proportion, region: Region, estimate: Estimate, alpha: float) -> _Finding:
+    """The verdict on a probability; a trial is an attempt of a rate, so that trials needed can be told."""
+    outcome, reason = _place(estimate, region)
+    if outcome != "insufficient" or isinstance(estimand, Proportion):
+        return _Finding(outcome, reason, estimate)
+    needed = attempts_needed(estimate.value, region, alpha)
+    hint = f"not decided by {MAX_SEEDS} trials" if needed is None else f"{needed} trials would decide"
+    return _Finding(outcome, f"{reason}: {hint} at the observed rate", estimate, seeds_needed=needed)
+
+
+def _require_every_trial(estimand: Estimand, campaign: Campaign, values: pd.Series[float]) -> None:
+    """No trial that a claim is about may drop out unseen because it lacks a condition of the claim.
+
+    Raises:
+        CannotEstimate: if one that succeeded and whose factors agree with the claim's selectors has no value.
+    """
+    arms = selectors(estimand)
+    for record in campaign.ok_records:
+        about = any(agrees(record.spec.factors, {**estimand.where, **arm}) for arm in arms)
+        if about and record.spec.seed not in values.index and record.trial_id not in values.index:
+            wanted = ", ".join(sorted({name for arm in arms for name in (*estimand.where, *arm)})) or "the metric"
+            raise CannotEstimate(
+                f"every trial that a claim is about must record what it needs ({wanted}), but trial {record.trial_id} "
+                f"(seed {record.spec.seed}) has no row that matches; correct the experiment and run it as a new version"
+            )
+
+
 def _place(estimate: Estimate, region: Region) -> tuple[Outcome, str]:
-    """The verdict rule; the region is closed, so an interval that touches its edge from within is inside."""
-    if region.low <= estimate.low and estimate.high <= region.high:
+    """The verdict rule in words."""
+    confirmed, refuted = decided(estimate.low, estimate.high, region)
+    if confirmed:
         return "confirmed", "the interval lies inside the region"
-    if estimate.high < region.low or region.high < estimate.low:
+    if refuted:
         return "refuted", "the interval lies outside the region"
     return "insufficient", "the interval crosses an edge of the region"
 

@@ -2,8 +2,7 @@
 
     python benchmarks/ema_update.py --threads 1
 
-All contenders run once in each round, in rotating order, so that drift of the machine hits them alike; ratios are
-paired within rounds. The floor is measured with kernels that stream as many bytes, by the same mix of reads and
+The floor is measured with kernels that stream as many bytes, by the same mix of reads and
 writes, over flat fp32 buffers of the model's size: ``lerp_`` (reads weights and average, writes the average: 12 bytes
 per parameter) for one decay, and for each further decay ``mul_`` (reads and writes an average: 8 bytes), as if the
 weights were read from memory only once: 28 bytes for three.
@@ -15,49 +14,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from timing import Update, build_model, measure, median_interval, paired_ratio
+
 if TYPE_CHECKING:
     from torch import nn
-
-SIZES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49_152,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 128,
-        "vocab_size": 1_000,
-        "tie_word_embeddings": True,
-    },
-}
-"""Llama shapes, built with random weights."""
 
 DECAYS = (0.99, 0.999, 0.9999)
 OURS_1, OURS_3 = "forge, 1 decay", "forge, 3 decays"
 SWA_1, SWA_3 = "torch swa_utils", "torch swa_utils, 3 of them"
 FLOOR_1, FLOOR_3 = "floor: stream 12 B/parameter", "floor: stream 28 B/parameter"
-
-Update = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -80,13 +54,6 @@ class Settings:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         if self.rounds < 6:
             raise ValueError(f"rounds must be at least 6 for an interval of the median, got {self.rounds}")
-
-
-def build_model(size: str, device: str) -> nn.Module:
-    """A Llama of the given shapes with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**SIZES[size])).to(device)
 
 
 def floors(parameters: int, device: str) -> dict[str, Update]:
@@ -172,44 +139,6 @@ def contenders(model: nn.Module) -> tuple[dict[str, Update], dict[str, str]]:
     return updates, missing
 
 
-def measure(updates: dict[str, Update], rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every contender in every round."""
-    import torch
-
-    milliseconds: dict[str, list[float]] = {name: [] for name in updates}
-    names = list(updates)
-    warm_up = 2
-    with torch.no_grad():
-        for index in range(warm_up + rounds):
-            shift = index % len(names)
-            for name in names[shift:] + names[:shift]:
-                began = time.perf_counter()
-                updates[name]()
-                if device != "cpu":
-                    torch.accelerator.synchronize()
-                if index >= warm_up:
-                    milliseconds[name].append((time.perf_counter() - began) * 1e3)
-    return milliseconds
-
-
-def median_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Interval of the median from order statistics (sign test), at least ``level``; rounds are the replicates."""
-    n, ordered, tail = len(values), sorted(values), 0.0
-    rank = 0
-    while rank < n // 2:
-        tail += math.comb(n, rank) / 2**n
-        if 2 * tail > 1 - level:
-            break
-        rank += 1
-    return ordered[max(0, rank - 1)], ordered[n - max(1, rank)]
-
-
-def paired_ratio(over: list[float], under: list[float]) -> tuple[float, tuple[float, float]]:
-    """Median over rounds of the ratio within a round, and its interval."""
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
-    return statistics.median(ratios), median_interval(ratios)
-
-
 def verdicts(milliseconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Ratios beside their targets; met if the target lies above the median or inside its interval."""
     others = [n for n in milliseconds if n not in (OURS_1, OURS_3, SWA_3, FLOOR_1, FLOOR_3)]
@@ -273,7 +202,9 @@ def main(settings: Settings) -> None:
     updates |= floors(parameters, settings.device)
     if os.getloadavg()[0] > 0.5:
         print(f"the load average is {os.getloadavg()[0]:.1f}: the figures below are of a busy machine", file=sys.stderr)
-    figures = report(measure(updates, settings.rounds, settings.device), missing, parameters, settings)
+    with torch.no_grad():
+        milliseconds = measure(updates, settings.rounds, settings.device)
+    figures = report(milliseconds, missing, parameters, settings)
     if settings.json is not None:
         settings.json.write_text(json.dumps(figures, indent=1))
 

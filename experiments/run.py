@@ -143,27 +143,32 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
     return _report(experiment, specs, records, options)
 
 
-def _inputs(specs: Sequence[TrialSpec]) -> set[tuple[str, str, bool]]:
-    """(model, data set, random weights) of every trial: what its settings say at the top, or under its track."""
+def _inputs(specs: Sequence[TrialSpec]) -> set[tuple[str, str, bool, str]]:
+    """(model, data set, random weights, task) of every trial: what its settings say at the top, or under its track."""
     sources = (spec.settings.get(str(spec.factors.get("track")), spec.settings) for spec in specs)
-    return {(s["model"], s["dataset"], s.get("random_init", False)) for s in sources if "model" in s}
+    return {
+        (s["model"], s["dataset"], s.get("random_init", False), s.get("task", "causal_lm"))
+        for s in sources
+        if "model" in s
+    }
 
 
 def _check_inputs(specs: Sequence[TrialSpec]) -> None:
     """Models and data sets are checked once, before anything is written."""
     from experiments.harness.data import load_corpus
-    from experiments.harness.models import check_causal_lm
+    from experiments.harness.models import check_causal_lm, check_model
 
-    for model, dataset, random_init in sorted(_inputs(specs)):
-        check_causal_lm(model, random_init=random_init)
-        load_corpus(dataset)
+    for model, dataset, random_init, task in sorted(_inputs(specs)):
+        classification = task == "classification"
+        (check_model if classification else check_causal_lm)(model, random_init=random_init)
+        load_corpus(dataset, labelled=classification)
 
 
 def _fetch_weights(specs: Sequence[TrialSpec]) -> None:
     """Embedded weights are fetched by the parent, where a failure is one line for the user and not a crashed trial."""
     from experiments.harness.models import EMBEDDED, ensure_embedded
 
-    for model in {model for model, _, _ in _inputs(specs)} & set(EMBEDDED):
+    for model in {model for model, *_ in _inputs(specs)} & set(EMBEDDED):
         ensure_embedded(model)
 
 

@@ -30,6 +30,9 @@ Method = Literal["full", "lora", "qlora"]
 TINY = "tiny-random"
 """A byte-level Llama of 117 thousand random weights that needs no download: tests, and long runs on a CPU."""
 
+TINY_ENCODER = "tiny-random-encoder"
+"""A byte-level BERT of 117 thousand random weights: the same for classification."""
+
 
 @dataclass(frozen=True)
 class EmbeddedModel:
@@ -144,9 +147,18 @@ def check_causal_lm(model: str, *, random_init: bool) -> None:
     Raises:
         UserError: for an unknown name (near misses listed), an incomplete folder, or a hub that cannot be reached.
     """
-    if model in EMBEDDED and not EMBEDDED[model].causal_lm:
+    if model == TINY_ENCODER or (model in EMBEDDED and not EMBEDDED[model].causal_lm):
         raise UserError(f"{model} is an encoder and has no language-model head; choose a causal language model")
-    if model == TINY or model in EMBEDDED:
+    check_model(model, random_init=random_init)
+
+
+def check_model(model: str, *, random_init: bool) -> None:
+    """Check that a model of any kind exists (every kind can be given a classification head); loads no torch.
+
+    Raises:
+        UserError: as ``check_causal_lm``.
+    """
+    if model in _TINY_CONFIGS or model in EMBEDDED:
         return
     folder = Path(model)
     if folder.is_dir():
@@ -158,7 +170,7 @@ def check_causal_lm(model: str, *, random_init: bool) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    known = unknown("model", model, [TINY, *EMBEDDED])
+    known = unknown("model", model, [*_TINY_CONFIGS, *EMBEDDED])
     try:
         if not isinstance(try_to_load_from_cache(model, "config.json"), str):
             HfApi().model_info(model, timeout=10)
@@ -174,11 +186,11 @@ def check_causal_lm(model: str, *, random_init: bool) -> None:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model."""
-    if model == TINY:
-        return _byte_tokenizer()
+    if model in _TINY_CONFIGS:
+        return _byte_tokenizer(encoder=model == TINY_ENCODER)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(ensure_embedded(model) if model in EMBEDDED else model)
+    return AutoTokenizer.from_pretrained(_path(model))
 
 
 def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = False) -> nn.Module:
@@ -197,22 +209,73 @@ def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = F
                 "--method qlora quantises pretrained weights; it needs a model with weights, not random ones"
             )
         options = {"quantization_config": _nf4()}
-    if model == TINY:
-        network = AutoModelForCausalLM.from_config(_tiny_config(), dtype=torch.float32)
+    if model in _TINY_CONFIGS or random_init:
+        network = AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32)
     else:
-        path = ensure_embedded(model) if model in EMBEDDED else model
-        if random_init:
-            network = AutoModelForCausalLM.from_config(_config(path), dtype=torch.float32)
-        else:
-            network, loading = AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, output_loading_info=True, **options
-            )
-            if loading["missing_keys"]:
-                raise UserError(
-                    f"{model} lacks weights of a causal language model: {sorted(loading['missing_keys'])[0]}"
-                )
+        network, loading = AutoModelForCausalLM.from_pretrained(
+            _path(model), use_safetensors=True, output_loading_info=True, **options
+        )
+        if loading["missing_keys"]:
+            raise UserError(f"{model} lacks weights of a causal language model: {sorted(loading['missing_keys'])[0]}")
     network.config.use_cache = False
-    return network if method == "full" else _with_lora(network, quantised=method == "qlora")
+    return network if method == "full" else _with_lora(network, "CAUSAL_LM", quantised=method == "qlora")
+
+
+def load_classifier(
+    model: str, num_labels: int, *, method: Literal["full", "lora"] = "full", random_init: bool = False
+) -> nn.Module:
+    """A model with a classification head of random weights, fp32, ready for ``method`` (LoRA trains the head too).
+
+    Args:
+        model: any name that ``check_model`` accepts.
+        num_labels: classes.
+        method: what is trained.
+        random_init: build the rest from its config alone too.
+
+    Raises:
+        UserError: if weights other than those of the head are missing, or the weights hold a head of their own.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = _config(model)
+    config.num_labels, config.problem_type = num_labels, "single_label_classification"
+    if model in _TINY_CONFIGS or random_init:
+        network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    else:
+        network, loading = AutoModelForSequenceClassification.from_pretrained(
+            _path(model),
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head of other classes: refused below, in words
+            dtype=torch.float32,
+        )
+        _check_fresh_head(model, network, loading)
+    network.config.use_cache = False
+    return network if method == "full" else _with_lora(network, "SEQ_CLS", modules_to_save=_head_modules(network))
+
+
+def _head_modules(network: nn.Module) -> list[str]:
+    """Names of the top modules with parameters that are not the base model."""
+    head = {name for name, _ in network.named_children()} - {network.base_model_prefix}
+    return sorted(name for name in head if any(True for _ in network.get_submodule(name).parameters()))
+
+
+def _check_fresh_head(model: str, network: nn.Module, loading: dict[str, Any]) -> None:
+    head = {name for name, _ in network.named_parameters() if not name.startswith(f"{network.base_model_prefix}.")}
+    missing = set(loading["missing_keys"])
+    lacking = (missing | {name for name, *_ in loading["mismatched_keys"]}) - head
+    if lacking:
+        raise UserError(
+            f"{model} must have all weights but those of a classification head, in the shapes of its config, "
+            f"and {min(lacking)} is not so; save the model again, or choose another"
+        )
+    if head - missing:
+        raise UserError(
+            f"{model} must have no classification head of its own (every seed draws one), and has "
+            f"{min(head - missing)}; save its base model alone: model.base_model.save_pretrained(folder)"
+        )
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -226,7 +289,9 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _with_lora(network: nn.Module, *, quantised: bool) -> nn.Module:
+def _with_lora(
+    network: nn.Module, task_type: str, *, quantised: bool = False, modules_to_save: list[str] | None = None
+) -> nn.Module:
     """LoRA with r = 16, alpha = 32 on the attention projections (PEFT's own default where they are named otherwise)."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -240,7 +305,10 @@ def _with_lora(network: nn.Module, *, quantised: bool) -> nn.Module:
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     targets = sorted(projections) if projections <= names else None
-    return get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=targets, task_type=task_type, modules_to_save=modules_to_save
+    )
+    return get_peft_model(network, config)
 
 
 def _nf4() -> Any:
@@ -255,10 +323,16 @@ def _nf4() -> Any:
     )
 
 
-def _config(path: str | Path) -> PretrainedConfig:
+def _path(model: str) -> str | Path:
+    return ensure_embedded(model) if model in EMBEDDED else model
+
+
+def _config(model: str) -> PretrainedConfig:
+    if model in _TINY_CONFIGS:
+        return _TINY_CONFIGS[model]()
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path)
+    return AutoConfig.from_pretrained(_path(model))
 
 
 def _tiny_config() -> PretrainedConfig:
@@ -279,9 +353,27 @@ def _tiny_config() -> PretrainedConfig:
     )
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerBase:
-    """256 bytes and an end-of-text token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _tiny_encoder_config() -> PretrainedConfig:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        type_vocab_size=1,
+        pad_token_id=256,
+    )
+
+
+_TINY_CONFIGS = {TINY: _tiny_config, TINY_ENCODER: _tiny_encoder_config}
+
+
+def _byte_tokenizer(*, encoder: bool) -> PreTrainedTokenizerBase:
+    """256 bytes and an end-of-text token; an encoder's text begins with a token of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -289,4 +381,10 @@ def _byte_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    options: dict[str, Any] = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    if encoder:
+        tokenizer.add_special_tokens(["<|begin|>"])
+        begin = [("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=begin)
+        options |= {"cls_token": "<|begin|>", "model_max_length": 256}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)

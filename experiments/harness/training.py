@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from experiments.harness.data import Blocks
+from experiments.harness.data import Blocks, Examples
 from experiments.harness.experiment import Preempted, TrialContext
 
 Precision = Literal["fp32", "bf16"]
@@ -41,7 +48,7 @@ class TrainingPlan:
     seed: int
     """Of the data order and of dropout."""
     evaluate_at: tuple[int, ...] = ()
-    """Optimizer steps after which the Trainer evaluates on the validation blocks."""
+    """Optimizer steps after which the Trainer evaluates."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; a run that is asked to stop writes one in any case."""
 
@@ -57,21 +64,10 @@ class TrainingOutcome:
     trainer: Trainer
 
 
-class _BlockDataset(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, blocks: Blocks) -> None:
-        self._ids = torch.from_numpy(blocks.input_ids)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self._ids[index], "labels": self._ids[index]}
-
-
 class _HarnessCallback(TrainerCallback):
     """Evaluates at the planned steps, reports progress, and stops with a checkpoint when asked to."""
 
-    def __init__(self, plan: TrainingPlan, context: TrialContext, tokens_per_step: int) -> None:
+    def __init__(self, plan: TrainingPlan, context: TrialContext, tokens_per_step: float) -> None:
         self._plan = plan
         self._context = context
         self._tokens_per_step = tokens_per_step
@@ -94,8 +90,10 @@ class _HarnessCallback(TrainerCallback):
         self._evaluation_began = time.monotonic()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called after the EMA's own handler, so that its evaluations are counted too."""
-        self.evaluation_sec += time.monotonic() - self._evaluation_began
+        """Called after the EMA's own handler, so that its evaluations are counted too; once per evaluated split."""
+        now = time.monotonic()
+        self.evaluation_sec += now - self._evaluation_began
+        self._evaluation_began = now
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._loss = kwargs["logs"].get("loss", self._loss)
@@ -115,31 +113,39 @@ def autocast(precision: Precision) -> Callable[[], AbstractContextManager[object
 
 def train(
     model: nn.Module,
-    train_blocks: Blocks,
-    validation_blocks: Blocks,
+    train_data: Blocks | Examples,
+    evaluation_data: Blocks | Examples | Mapping[str, Blocks | Examples],
     plan: TrainingPlan,
     context: TrialContext,
     callbacks: Sequence[TrainerCallback] = (),
+    *,
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]] | None = None,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
 ) -> TrainingOutcome:
-    """Train a causal language model to the end of the plan, from the last complete checkpoint if there is one.
+    """Train a model to the end of the plan, from the last complete checkpoint if there is one.
 
     Args:
         model: built after the seed was set.
-        train_blocks: packed text; the order is drawn from ``plan.seed``.
-        validation_blocks: for the evaluations at ``plan.evaluate_at``.
+        train_data: packed text or labelled examples; the order is drawn from ``plan.seed``.
+        evaluation_data: for the evaluations at ``plan.evaluate_at``; of several splits by name (``{"test": …}``) each
+            is evaluated, with keys such as ``eval_test_loss`` and, with averages, ``eval_test_ema_0.99_loss``.
         plan: the run.
         context: work folder, progress, the wish to stop.
         callbacks: run before the harness's own, so that an EMA is updated before it is evaluated.
+        collator: makes a batch of examples; needed where they differ in length.
+        compute_metrics: adds metrics to the loss of each evaluation, from the logits and labels of a whole split.
 
     Raises:
         Preempted: if the context asked to stop; a checkpoint holds the run.
     """
-    harness = _HarnessCallback(plan, context, plan.batch_size * train_blocks.input_ids.shape[1])
+    harness = _HarnessCallback(plan, context, plan.batch_size * train_data.tokens / len(train_data))
     trainer = Trainer(
         model=model,
         args=_arguments(plan, context),
-        train_dataset=_BlockDataset(train_blocks),
-        eval_dataset=_BlockDataset(validation_blocks),
+        data_collator=collator,
+        train_dataset=train_data,
+        eval_dataset=dict(evaluation_data) if isinstance(evaluation_data, Mapping) else evaluation_data,
+        compute_metrics=compute_metrics,
         callbacks=[*callbacks, harness],
     )
     trainer.remove_callback(PrinterCallback)

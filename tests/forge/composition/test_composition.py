@@ -1,0 +1,77 @@
+"""Every technique with every method, memory tactic, shape of model and number of processes: 288 generated cells."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.forge.composition.cells import CELLS, Cell, quiet
+from tests.forge.composition.invariants import Bench, assert_close, baseline_of, tolerance_of
+from tests.forge.composition.shapes import save_models
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("composition")
+    save_models(folder / "models")
+    with quiet():
+        yield Bench(folder / "models", folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def two_processes(bench: Bench, request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+    """Outcomes of both processes for each cell of two; the processes are started once, for the cells selected."""
+    folder = bench.folder / "two"
+    folder.mkdir()
+    selected = [item.callspec.params.get("cell") for item in request.session.items if hasattr(item, "callspec")]
+    ids = [cell.id for cell in selected if isinstance(cell, Cell) and cell.setting.processes == 2]
+    (folder / "cells.json").write_text(json.dumps(ids))
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.forge.composition.two_processes", str(bench.models), str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    outcomes: dict[str, list[dict[str, Any]]] = {cell_id: [] for cell_id in ids}
+    for path in sorted(folder.glob("outcomes-*.jsonl")):
+        for line in path.read_text().splitlines():
+            outcome = json.loads(line)
+            outcomes[outcome["cell"]].append(outcome)
+    for cell_id in ids:
+        missing = {"cell": cell_id, "error": f"the processes ended before this cell: {done.stderr[-3000:]}"}
+        outcomes[cell_id] += [missing] * (2 - len(outcomes[cell_id]))
+    return outcomes
+
+
+def test_the_matrix_is_whole() -> None:
+    assert len(CELLS) == 3 * 3 * 4 * 4 * 2
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
+def test_cell(cell: Cell, bench: Bench, request: pytest.FixtureRequest) -> None:
+    if cell.setting.processes == 1:
+        run = bench.checked(cell)
+        weights, norms = run.weights, run.norms
+    else:
+        outcomes = request.getfixturevalue("two_processes")[cell.id]
+        for rank, outcome in enumerate(outcomes):
+            assert not outcome["error"], f"process {rank}: {outcome['error']}"
+        assert outcomes[0]["digest"] == outcomes[1]["digest"], "the two processes ended with different weights"
+        weights, norms = load_file(outcomes[0]["weights"]), outcomes[0]["norms"]
+    if cell.technique == "freezing":  # the technique without dropout, whose masks differ from one process to the next
+        assert_close(weights, norms, bench.checked(baseline_of(cell)), tolerance_of(cell))
