@@ -48,6 +48,10 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {
     "ema_ablation": Layout(order={"track": ("main", "length"), "steps": (), "schedule": ("constant", "cosine")}),
+    "ema_conditions": Layout(
+        also=(),
+        order={"track": ("cells",), "condition": ("base",), "schedule": ("constant", "cosine")},
+    ),
     "polyak_averaging": Layout(
         metric="excess_loss",
         also=("squared_error",),

@@ -23,6 +23,10 @@ from forge.presets.checks import check_choice, check_range, check_types
 from forge.presets.offload import offload_activations, offload_arguments, validated_offload
 from forge.presets.quantisation import is_quantised, prepare_quantised
 
+_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+_CHECKPOINTING = next(name for name in _NAMES if hasattr(TrainingArguments, name))
+"""What this version of transformers calls it; the older name is deprecated where the newer one exists."""
+
 _MARK = "forge_preset"
 """Attribute that a prepared model carries: the name of its preset."""
 
@@ -152,7 +156,7 @@ class Preset:
         self.validate()
         arguments = {name: getattr(self, name) for name in _TRAINING_ONLY} | self._method_arguments()
         arguments["bf16"] = self._use_bf16()
-        arguments["activation_checkpointing"] = self.gradient_checkpointing
+        arguments[_CHECKPOINTING] = self.gradient_checkpointing
         arguments["use_cpu"] = not torch.accelerator.is_available()  # else transformers refuses bf16 on a CPU
         arguments |= offload_arguments(validated_offload(self.offload))
         decided = set(arguments) - {"use_cpu"} | {field.name for field in fields(self)}
@@ -193,7 +197,7 @@ class Preset:
         if self.freeze_ratio:
             setup_lp_lora_style(model, freeze_ratio=self.freeze_ratio)
         if self.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            getattr(model, f"{_CHECKPOINTING}_enable")({"use_reentrant": False})
         if "activations" in validated_offload(self.offload):
             offload_activations(model)
         normalise_over_batch(model)
