@@ -19,7 +19,7 @@ from experiments.harness.record import ManipulationCheck
 from tests.analysis.fake_ema import EXPERIMENT, plan, write_campaign
 
 TEXT = theory.ROOT.joinpath("THEORY.md").read_text(encoding="utf-8")
-MARKERS = ["verdicts:ema", "verdicts:freezing", "verdicts:presets", "verdicts:monitor", "status"]
+MARKERS = ["verdicts:ema", "verdicts:freezing", "verdicts:presets", "verdicts:monitor", "verdicts:engine", "status"]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_every_marker_is_there_once(marker: str) -> None:
 
 def test_each_block_lies_in_the_practice_of_its_section() -> None:
     for title, marker in zip(
-        ("EMA (", "Layer Freezing", "Training Presets", "Training Monitor"), MARKERS, strict=False
+        ("EMA (", "Layer Freezing", "Training Presets", "Training Monitor", "Движок вердиктов"), MARKERS, strict=False
     ):
         section = re.search(rf"^## \S+ {re.escape(title)}.*?(?=^## )", TEXT, re.MULTILINE | re.DOTALL)
         assert section is not None
