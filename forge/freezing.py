@@ -287,7 +287,7 @@ def _freeze(model: nn.Module, chosen: Iterable[Tensor], layers: Sequence[Layer] 
     ids = {id(p) for p in chosen}
     newly = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) in ids}
     left = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in ids)
-    if not left:
+    if newly and not left:
         raise ValueError(
             f"something must be left to train, got all {sum(p.numel() for p in newly.values()):,} trainable parameters "
             "to freeze; freeze fewer layers"

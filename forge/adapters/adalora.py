@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from forge.ema.callback import _trainer_call
+from forge.trainer_call import trainer_call
 
 STATE_FILE = "adalora_state.safetensors"
 """File name of the importance scores and of the rank pattern inside a Trainer checkpoint."""
@@ -59,7 +59,7 @@ class AdaLoraCallback(TrainerCallback):
         tuner.rankallocator.reset_ipt()
         config.rank_pattern = self._rank_pattern = None
         if state.global_step > 0:
-            folder = _trainer_call("resume_from_checkpoint")["resume_from_checkpoint"]
+            folder = trainer_call("resume_from_checkpoint")["resume_from_checkpoint"]
             self._restore(tuner, Path(folder))
 
     def on_optimizer_step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +20,7 @@ from forge.ema.model import (
     save_ema_file,
     validated_decays,
 )
+from forge.trainer_call import trainer_call
 
 STATE_FILE = "ema_state.safetensors"
 """File name of the averages inside a Trainer checkpoint."""
@@ -103,7 +103,7 @@ class EMACallback(TrainerCallback):
         self._ema = self._model_class(kw["model"], self.decays, **self._options)
         if state.global_step > 0:
             if self._loaded is None or self._loaded["step"] != state.global_step:
-                folder = _trainer_call("resume_from_checkpoint")["resume_from_checkpoint"]
+                folder = trainer_call("resume_from_checkpoint")["resume_from_checkpoint"]
                 self._loaded = _load_checkpoint(Path(folder) / self._state_file, state.global_step)
             self._ema.load_state_dict(self._loaded)
         self._loaded = None
@@ -123,7 +123,7 @@ class EMACallback(TrainerCallback):
         ema = self._ema
         if not self._evaluate or ema is None or ema._backup is not None or not ema.follows(kw["model"]):
             return
-        call = _trainer_call("metric_key_prefix")
+        call = trainer_call("metric_key_prefix")
         for decay in self.decays:
             with ema.use_ema(decay), _unchanged_random_state(kw["model"]):
                 output = call["self"].evaluation_loop(
@@ -158,18 +158,3 @@ def _load_checkpoint(path: Path, step: int | None = None) -> dict[str, Any]:
 def _unchanged_random_state(model: nn.Module) -> AbstractContextManager[None]:
     """Random state of the CPU and of the model's GPUs after the block is that before it."""
     return torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda})
-
-
-def _trainer_call(argument: str) -> dict[str, Any]:
-    """Locals of the innermost Trainer method on the call stack that has ``argument``, its ``self`` included.
-
-    Callbacks are not given the Trainer, and only it can evaluate as it does.
-    """
-    from transformers import Trainer
-
-    frame = sys._getframe()
-    while frame is not None:
-        if argument in frame.f_locals and isinstance(frame.f_locals.get("self"), Trainer):
-            return dict(frame.f_locals)
-        frame = frame.f_back  # type: ignore[assignment]
-    raise RuntimeError("EMACallback must be called by a transformers Trainer; pass it as callbacks=[EMACallback(...)]")

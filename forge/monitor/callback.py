@@ -18,8 +18,8 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from forge.ema.callback import _trainer_call
 from forge.monitor.gradients import GradientFinding, GradientReport, check_gradient_health, check_thresholds, describe
+from forge.trainer_call import trainer_call
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class MonitorCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Start watching; take over the history of the checkpoint that training resumes from, if it has one."""
-        call = _trainer_call("resume_from_checkpoint")
+        call = trainer_call("resume_from_checkpoint")
         if call["self"].is_fsdp_enabled or call["self"].is_deepspeed_enabled:
             raise ValueError(
                 "MonitorCallback needs whole gradients on every process, got FSDP or DeepSpeed; train with DDP"
