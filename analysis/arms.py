@@ -52,6 +52,13 @@ LAYOUTS: dict[str, Layout] = {
         also=(),
         order={"track": ("cells",), "condition": ("base",), "schedule": ("constant", "cosine")},
     ),
+    "monitor_detection": Layout(
+        metric="detected",
+        also=("detected_at_once", "detection_delay_steps"),
+        where={},
+        arm="fault",
+        control="healthy",
+    ),
     "polyak_averaging": Layout(
         metric="excess_loss",
         also=("squared_error",),

@@ -155,7 +155,7 @@ def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> p
 
 
 def _array(values: pd.Series[float] | pd.DataFrame) -> formulas.Array:
-    return values.to_numpy(dtype=np.float64)
+    return np.asarray(values.to_numpy(dtype=np.float64))
 
 
 def _series(values: formulas.Array, like: pd.Series[float]) -> pd.Series[float]:

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 Array = npt.NDArray[np.float64]
 
 
 def relative_reduction(treatment: Array, control: Array) -> Array:
     """``(control − treatment) / control``."""
-    return (control - treatment) / control
+    return np.asarray((control - treatment) / control)
 
 
 def regret(choice: Array, rivals: Array) -> Array:
     """``choice / min(rivals) − 1``; rivals along the last axis."""
-    return choice / rivals.min(axis=-1) - 1
+    return np.asarray(choice / rivals.min(axis=-1) - 1)
 
 
 def spread_reduction(treatment: Array, control: Array) -> Array:
     """``1 − s(treatment) / s(control)`` of two residual standard deviations."""
-    return 1 - treatment / control
+    return np.asarray(1 - treatment / control)
 
 
 def value_of_chosen(chosen_on: Array, reported_on: Array) -> Array:
@@ -60,12 +59,18 @@ def best_abscissa(x: Array, y: Array) -> Array:
 
 def residual_sd(x: Array, y: Array) -> Array:
     """Residual standard deviation (k − 2 degrees of freedom) of ``y`` around its least-squares line over ``x``."""
-    x = np.broadcast_to(x, y.shape)
-    line = stats.linregress(x, y, axis=-1)
-    residuals = y - np.asarray(line.intercept)[..., None] - np.asarray(line.slope)[..., None] * x
+    intercept, rate = _line(x, y)
+    residuals = y - intercept[..., None] - rate[..., None] * x
     return np.asarray(np.sqrt((residuals**2).sum(axis=-1) / (y.shape[-1] - 2)))
 
 
 def slope(x: Array, y: Array) -> Array:
     """Slope of the least-squares line of ``y`` over ``x``."""
-    return np.asarray(stats.linregress(np.broadcast_to(x, y.shape), y, axis=-1).slope)
+    return np.asarray(_line(x, y)[1])
+
+
+def _line(x: Array, y: Array) -> Array:
+    """Intercept and slope of the least-squares lines of ``y``, shape (…, k), over ``x``, shape (k,)."""
+    k = y.shape[-1]
+    coefficients = np.polynomial.polynomial.polyfit(x, y.reshape(-1, k).T, deg=1)
+    return np.asarray(coefficients.reshape(2, *y.shape[:-1]))

@@ -36,10 +36,12 @@ __all__ = [
     "select",
     "sign_flip_p",
     "t_interval",
+    "varies",
 ]
 
 MAX_SEEDS = 200
 MAX_EXACT_SIGN_FLIPS = 20
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,23 @@ def mean_interval(values: npt.ArrayLike, alpha: float) -> Estimate:
     sample = np.asarray(values, dtype=np.float64)
     if sample.size < 2:
         raise CannotEstimate(f"an interval needs at least 2 seeds, got {sample.size}; run more seeds")
-    if sample.min() == sample.max():
+    if not varies(sample):
         raise CannotEstimate(
-            f"all {sample.size} seeds gave exactly {sample[0]:g}: no variance to estimate an interval from; "
+            f"all {sample.size} seeds gave {sample[0]:g} up to rounding: no variance to estimate an interval from; "
             "use a finer measurement, or check that the seed reaches the training"
         )
     low, high = t_interval(sample, alpha)
     return Estimate(float(sample.mean()), float(low), float(high), sample.size, float(sample.std(ddof=1)))
+
+
+def varies(samples: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Whether values along the last axis differ by more than rounding errors, from which no interval follows.
+
+    Estimands are dimensionless and of losses in double precision: equal outcomes of different magnitude give values
+    that differ in their last digits, and an interval as wide as these would decide anything.
+    """
+    largest = np.abs(samples).max(axis=-1)
+    return np.asarray(np.ptp(samples, axis=-1) > ROUNDING * np.maximum(1.0, largest))
 
 
 def t_interval(

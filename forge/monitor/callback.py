@@ -8,7 +8,7 @@ import logging
 import math
 import statistics
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -80,6 +80,7 @@ class MonitorCallback(TrainerCallback):
         exploding_above: norm of a parameter's gradient.
         spike_deviations: a loss so many robust standard deviations (1.4826 MAD, at least 1 % of the median) above the
             median of the last 50 checks, once there are 10, is a spike.
+        on_report: called with the optimizer step and the report of every check, to keep norms by parameter.
 
     Raises:
         TypeError, ValueError: at once for wrong options; at the start of training under FSDP or DeepSpeed, which shard
@@ -98,6 +99,7 @@ class MonitorCallback(TrainerCallback):
         vanishing_below: float = 1e-7,
         exploding_above: float = 1e3,
         spike_deviations: float = 6.0,
+        on_report: Callable[[int, GradientReport], None] | None = None,
     ) -> None:
         check_thresholds(vanishing_below, exploding_above)
         _check_options(check_gradients, check_loss, on_unhealthy, spike_deviations)
@@ -110,6 +112,7 @@ class MonitorCallback(TrainerCallback):
         self._every, self._on_unhealthy = every, on_unhealthy
         self._thresholds = {"vanishing_below": vanishing_below, "exploding_above": exploding_above}
         self._spike_deviations = spike_deviations
+        self._on_report = on_report
         self.history: deque[MonitorRecord] = deque(maxlen=history)
         self._unlogged: list[MonitorRecord] = []
         self._loss: Tensor | None = None
@@ -202,6 +205,8 @@ class MonitorCallback(TrainerCallback):
         if self._check_gradients:
             scale = 1.0 if scaler is None else scaler.get_scale()
             report = check_gradient_health(model, **self._thresholds, scale=scale)
+            if self._on_report is not None:
+                self._on_report(trainer.state.global_step + 1, report)
         counts: Counter[str] = Counter(finding.kind for finding in report.findings) if report else Counter()
         if (problem := self._loss_problem(value)) is not None:
             counts[problem] = 1

@@ -8,14 +8,20 @@ import re
 import pandas as pd
 import pytest
 
+from analysis.estimands import selectors, successes
 from analysis.statistics import CannotEstimate, per_seed_values
 from experiments.harness.claims import (
     ArgBestShift,
     Exact,
     ExactRatio,
+    Interaction,
     LogLogSlope,
+    Proportion,
+    Rate,
+    Ratio,
     Regret,
     RelativeReduction,
+    SelectedReduction,
     SpreadReduction,
 )
 
@@ -319,3 +325,139 @@ def test_an_exact_estimand_has_one_value_per_trial():
     rows = [{**r, "trial_id": name} for name, e in (("b", -0.5), ("a", -1.0)) for r in power_law(e)]
     assert estimate(Exact(SLOPE), rows) == pytest.approx({"a": -1.0, "b": -0.5})
     assert Exact(LogLogSlope("error", {}, where={"world": "quadratic"})).where == {"world": "quadratic"}
+
+
+SELECTED = SelectedReduction("eval_loss", ({"arm": "ema"}, {"arm": "emb"}), (RAW,))
+
+
+def split_rows(arm, step, validation, test, seed=0):
+    return [
+        row(value, seed=seed, step=step, arm=arm, split=split)
+        for split, value in (("validation", validation), ("test", test))
+    ]
+
+
+def test_selected_reduction_chooses_on_one_split_and_reports_on_the_other():
+    rows = [
+        *split_rows("ema", 50, 1.9, 1.0),  # the best on test, not chosen
+        *split_rows("ema", 100, 1.8, 1.5),  # chosen: least on validation
+        *split_rows("emb", 100, 1.85, 0.5),
+        *split_rows("raw", 50, 2.0, 3.0),  # chosen checkpoint of the control
+        *split_rows("raw", 100, 2.1, 1.0),
+    ]
+    assert estimate(SELECTED, rows) == pytest.approx({0: (3.0 - 1.5) / 3.0})
+
+
+def test_a_selection_takes_the_first_of_equals_in_the_order_of_the_claim():
+    rows = [*split_rows("emb", 50, 1.0, 7.0), *split_rows("ema", 50, 1.0, 1.0), *split_rows("raw", 50, 2.0, 2.0)]
+    assert estimate(SELECTED, rows) == pytest.approx({0: 0.5})
+
+
+def test_what_is_chosen_must_be_reported():
+    rows = [*split_rows("ema", 50, 1.9, 1.0), *split_rows("emb", 50, 2.0, 1.0), *split_rows("raw", 50, 2.0, 3.0)]
+    rows.append(row(1.0, step=20, arm="ema", split="validation"))
+    message = refusal(SELECTED, rows)
+    assert "treatment {arm=ema}, chosen at step 20 in seed 0, has no row for report_on {split=test} there" in message
+
+
+def test_a_selection_needs_arms_and_pairs():
+    rows = [*split_rows("ema", 50, 1.9, 1.0), *split_rows("emb", 50, 2.0, 1.0), *split_rows("raw", 50, 2.0, 3.0)]
+    assert "at least 1 arm, got none for the control" in refusal(SelectedReduction("eval_loss", (EMA,), ()), rows)
+    assert "control lacks seed 1" in refusal(
+        SELECTED, rows + split_rows("ema", 50, 1.0, 1.0, seed=1) + split_rows("emb", 50, 1.0, 1.0, seed=1)
+    )
+
+
+INTERACTION = Interaction(REDUCTION, {"schedule": "constant"}, {"schedule": "cosine"})
+
+
+def test_an_interaction_is_a_difference_of_reductions_within_the_seed():
+    rows = two_arms([1.0, 1.5], [2.0, 2.0], schedule="constant") + two_arms([1.8, 2.0], [2.0, 2.0], schedule="cosine")
+    # seed 0: 0.5 - 0.1; seed 1: 0.25 - 0
+    assert estimate(INTERACTION, rows) == pytest.approx({0: 0.4, 1: 0.25})
+
+
+def test_an_interaction_of_selected_reductions():
+    rows = [
+        {**r, "data": data}
+        for data, gain in (("small", 0.5), ("large", 0.25))
+        for arm, loss in (("ema", 2 * (1 - gain)), ("emb", 9.0), ("raw", 2.0))
+        for r in split_rows(arm, 50, loss, loss)
+    ]
+    interaction = Interaction(SELECTED, {"data": "small"}, {"data": "large"})
+    assert estimate(interaction, rows) == pytest.approx({0: 0.25})
+
+
+def test_both_conditions_of_an_interaction_need_the_same_seeds():
+    rows = two_arms([1.0, 1.5], [2.0, 2.0], schedule="constant") + two_arms([1.8], [2.0], schedule="cosine")
+    assert "paired within seed, but second {schedule=cosine} lacks seed 1" in refusal(INTERACTION, rows)
+
+
+def test_what_varies_in_an_interaction_is_not_held_fixed():
+    held = Interaction(
+        RelativeReduction("eval_loss", EMA, RAW, {"schedule": "constant"}), INTERACTION.first, INTERACTION.second
+    )
+    assert "must not be held in its where, got schedule in both" in refusal(
+        held, two_arms([1.0], [2.0], schedule="constant")
+    )
+
+
+def test_ratio_is_paired():
+    rows = two_arms([1.0, 3.0], [2.0, 4.0])
+    assert estimate(Ratio("eval_loss", EMA, RAW), rows) == pytest.approx({0: 0.5, 1: 0.75})
+    assert "positive denominator, got 0 for eval_loss of the denominator" in refusal(
+        Ratio("eval_loss", EMA, RAW), two_arms([1.0], [0.0])
+    )
+
+
+def test_a_rate_is_per_trial_and_counts_ones():
+    rows = [
+        row(value, seed=0, trial=trial, metric="detected") for trial, value in zip("abcd", [1, 0, 1, 1], strict=True)
+    ]
+    rows.append(row(0.0, trial="a", step=1, metric="detected"))
+    assert estimate(Rate("detected"), rows) == {"a": 1, "b": 0, "c": 1, "d": 1}
+    assert successes(Rate("detected"), pd.DataFrame(rows)) == (3, 4)
+    rows.append(row(0.5, trial="e", metric="detected"))
+    assert "outcomes 0 or 1, got 0.5 for detected" in refusal(Rate("detected"), rows)
+
+
+def counts(hits, attempts, trial="a"):
+    return [row(hits, trial=trial, metric="hits"), row(attempts, trial=trial, metric="tries")]
+
+
+def test_a_proportion_sums_counts_over_trials():
+    rows = counts(1, 10) + counts(30, 40, trial="b")
+    assert estimate(Proportion("hits", "tries"), rows) == pytest.approx({"a": 0.1, "b": 0.75})
+    assert successes(Proportion("hits", "tries"), pd.DataFrame(rows)) == (31, 50)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (counts(3, 2), "at most as many successes as attempts, got 3 of 2 in trial a; exchange hits and tries"),
+        (counts(0.5, 2), "whole counts, got 0.5 for hits"),
+        (counts(0, 0), "positive denominator, got 0 for tries"),
+        (counts(1, 2) + counts(1, 2, "b")[:1], "paired within trial, but tries lacks trial b"),
+    ],
+)
+def test_counts_that_are_none(rows, message):
+    assert message in refusal(Proportion("hits", "tries"), rows)
+
+
+def test_a_measured_slope_of_constant_values_is_refused_but_a_computed_one_is_zero():
+    rows = power_law(-1.0) + power_law(0.0, seed=1)
+    assert "got exactly 3 at all 6 steps of a decade for arm {arm=mean} in seed 1" in refusal(SLOPE, rows)
+    assert estimate(Exact(SLOPE), power_law(0.0)) == pytest.approx({"trial-0": 0.0})
+
+
+def test_selectors_are_the_arms_of_an_estimand():
+    assert selectors(SELECTED) == [{"arm": "ema"}, {"arm": "emb"}, {"arm": "raw"}]
+    assert selectors(INTERACTION) == [
+        {"arm": "ema", "schedule": "constant"},
+        {"arm": "ema", "schedule": "cosine"},
+        {"arm": "raw", "schedule": "constant"},
+        {"arm": "raw", "schedule": "cosine"},
+    ]
+    assert selectors(Ratio("m", EMA, RAW)) == [EMA, RAW]
+    assert selectors(Rate("m")) == selectors(Proportion("a", "b")) == [{}]
+    assert selectors(Exact(SLOPE)) == [{"arm": "mean"}]

@@ -10,12 +10,16 @@ from scipy import stats
 
 from analysis.statistics import (
     CannotEstimate,
+    attempts_needed,
+    binomial_interval,
     bonferroni,
     exact_range,
     mean_interval,
     nearest_edge,
     seeds_needed,
     sign_flip_p,
+    t_interval,
+    varies,
 )
 from experiments.harness.claims import Region
 
@@ -41,7 +45,9 @@ def test_mean_interval_needs_two_seeds():
 
 
 def test_mean_interval_needs_variance():
-    with pytest.raises(CannotEstimate, match=r"all 3 seeds gave exactly 0\.1: no variance to estimate an interval"):
+    with pytest.raises(
+        CannotEstimate, match=r"all 3 seeds gave 0\.1 up to rounding: no variance to estimate an interval"
+    ):
         mean_interval([0.1, 0.1, 0.1], alpha=0.05)
 
 
@@ -170,3 +176,39 @@ def test_seeds_needed_has_a_limit():
 def test_seeds_needed_needs_a_spread():
     with pytest.raises(CannotEstimate, match="at least 2 seeds"):
         seeds_needed([1.0], Region(low=0.0), alpha=0.05)
+
+
+def test_many_intervals_at_once_are_those_of_each():
+    samples = np.random.default_rng(3).normal(size=(50, 4))
+    low, high = t_interval(samples, 0.05)
+    for i, sample in enumerate(samples):
+        one = mean_interval(sample, 0.05)
+        assert (low[i], high[i]) == (one.low, one.high)
+
+
+def test_rounding_errors_are_no_variance():
+    raw = np.array([1.9, 2.0, 2.1])
+    gains = (raw - raw * 0.98) / raw
+    assert len(set(gains)) > 1, "the case that matters: equal outcomes that differ in the last digits"
+    assert not varies(gains)
+    with pytest.raises(CannotEstimate, match="no variance"):
+        mean_interval(gains, 0.05)
+    assert varies(np.array([0.02, 0.02 + 1e-9]))
+    assert varies(np.array([[0.0, 1.0], [5.0, 5.0]])).tolist() == [True, False]
+
+
+def test_binomial_interval_by_hand():
+    # 0 of 10: the upper limit solves (1 - p)¹⁰ = 0.025, p = 1 - 0.025^0.1; the lower one is 0. 10 of 10 is its mirror.
+    none, all_ = binomial_interval(0, 10, 0.05), binomial_interval(10, 10, 0.05)
+    assert (none.low, none.value, none.n, none.sd) == (0.0, 0.0, 10, None)
+    assert none.high == pytest.approx(1 - 0.025**0.1)
+    assert (all_.low, all_.high) == pytest.approx((0.025**0.1, 1.0))
+    with pytest.raises(CannotEstimate, match="at least 1 attempt, got 0"):
+        binomial_interval(0, 0, 0.05)
+
+
+def test_attempts_needed_by_hand():
+    # All succeed, edge 0.5: the lower limit 0.025^(1/n) exceeds 0.5 from n = 6 on (0.025^(1/5) = 0.478, 0.541).
+    assert attempts_needed(1.0, Region(low=0.5), 0.05) == 6
+    assert attempts_needed(0.5, Region(low=0.5), 0.05) is None
+    assert attempts_needed(0.5, Region(), 0.05) is None
