@@ -332,13 +332,13 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def _embeddings(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Parameter]:
-    inside, head = {id(p) for p in _parameters_of(layers)}, _head(model)
+    inside, head = {id(p) for p in _parameters_of(layers)}, set(_head(model).modules())
     around = {layer.stack[:end] for layer in layers for end, c in enumerate(layer.stack) if c == "."}
     found = []
     for path, module in model.named_modules(remove_duplicate=False):
-        outer = max((a for a in around if path.startswith(a + ".")), key=len, default="")
-        named = "emb" in path[len(outer) :].lower() and path not in around
-        if module is head or "prompt_encoder" in path.split("."):
+        outer = max((a for a in around if f"{path}.".startswith(f"{a}.")), key=len, default="")
+        named = "emb" in path[len(outer) :].lower()
+        if module in head or "prompt_encoder" in path.split("."):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in inside and (named or isinstance(module, nn.Embedding) or "emb" in name.lower()):

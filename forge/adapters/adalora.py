@@ -37,9 +37,9 @@ class AdaLoraCallback(TrainerCallback):
     the reduced ranks, which do not load into the model that is being trained. ``on_train_end`` puts it into the config,
     so that the adapter that is saved at the end has the reduced ranks.
 
-    PEFT adds ``orth_reg_weight`` times the orthogonality penalty to the loss of every forward pass. The Trainer sums
-    the losses of micro-batches when the model normalises by tokens itself (Llama, GPT-2), so that under accumulation
-    over G of them the penalty counts G times: divide ``orth_reg_weight`` by G.
+    PEFT adds ``orth_reg_weight`` times the orthogonality penalty to the loss of every forward pass, if the config has a
+    ``task_type``. The Trainer sums the losses of micro-batches when the model normalises by tokens itself (Llama,
+    GPT-2), so that under accumulation over G of them the penalty counts G times: divide ``orth_reg_weight`` by G.
     """
 
     def __init__(self) -> None:
@@ -55,6 +55,11 @@ class AdaLoraCallback(TrainerCallback):
         tuner = _adalora_model(kw["model"])
         config = tuner.peft_config[tuner.trainable_adapter_name]
         _check_schedule(config, state.max_steps)
+        if type(kw["model"]) is PeftModel and config.orth_reg_weight > 0:
+            raise ValueError(
+                f"AdaLoraConfig must have a task_type for its penalty to be added, got None with orth_reg_weight="
+                f"{config.orth_reg_weight}, which PEFT then leaves out; give task_type, or orth_reg_weight=0"
+            )
         tuner.rankallocator.set_total_step(state.max_steps)
         tuner.rankallocator.reset_ipt()
         config.rank_pattern = self._rank_pattern = None

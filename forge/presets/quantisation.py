@@ -6,7 +6,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+
+_TASK_HEADS = ("classifier", "score", "qa_outputs")
+"""What PEFT trains whole for its task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS."""
 
 
 def nf4_config(*, double_quant: bool) -> BitsAndBytesConfig:
@@ -39,15 +43,35 @@ def is_4bit(model: PreTrainedModel) -> bool:
 
 
 def prepare_quantised(model: Any) -> Any:
-    """Freeze the weights, bring norms and embeddings to fp32, and keep gradients right on a CPU.
+    """Freeze the weights, bring norms and embeddings to fp32, and keep what bitsandbytes and PEFT do apart.
 
     On a CPU, bitsandbytes 0.50 repacks 4-bit weights at the first evaluation for a kernel without a backward pass:
-    whatever is trained after that gets wrong gradients, silently. Its switch for that kernel is turned off.
+    whatever is trained after that gets wrong gradients, silently. Its switch for that kernel is turned off. A task
+    head, which PEFT trains whole, is made an ordinary layer again where it has been quantised. Biases get the compute
+    dtype now, which the first forward pass would give them: what is frozen then stays bitwise as it is.
     """
+    from bitsandbytes.nn.modules import Linear4bit
     from peft import prepare_model_for_kbit_training
 
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
-    for module in model.modules():
+    for name, module in [*model.named_modules()]:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if not isinstance(module, Linear4bit):
+            continue
+        if name.rpartition(".")[2] in _TASK_HEADS:
+            model.set_submodule(name, _dequantised(module))
+        elif module.bias is not None:
+            module.bias.data = module.bias.data.to(module.compute_dtype)
     return model
+
+
+def _dequantised(quantised: Any) -> nn.Linear:
+    from bitsandbytes.functional import dequantize_4bit
+
+    linear = nn.Linear(quantised.in_features, quantised.out_features, bias=quantised.bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(dequantize_4bit(quantised.weight.data, quantised.weight.quant_state))
+        if quantised.bias is not None:
+            linear.bias.copy_(quantised.bias)
+    return linear.to(quantised.weight.device)

@@ -45,11 +45,12 @@ class Setting:
 
     def preset(self, **options: Any) -> Preset:
         """The method's preset with the tactic; the global batch is the same in every setting."""
-        fixed = {"gradient_checkpointing": False, "gradient_accumulation_steps": 1, "bf16": False} | TACTICS[self.tactic]
-        per_device = GLOBAL_BATCH // self.processes // fixed["gradient_accumulation_steps"]
+        tactic = {"gradient_checkpointing": False, "gradient_accumulation_steps": 1, "bf16": False}
+        tactic |= TACTICS[self.tactic]
+        per_device = GLOBAL_BATCH // self.processes // tactic["gradient_accumulation_steps"]
         training = {"learning_rate": 1e-2, "warmup_steps": 0, "max_grad_norm": 0.1}
-        batch = {"per_device_train_batch_size": per_device}
-        return get_preset(METHODS[self.method], **(fixed | training | batch | options))
+        training |= {"per_device_train_batch_size": per_device}
+        return get_preset(METHODS[self.method], **(tactic | training | options))
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,6 @@ def train(
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,
-            ddp_timeout=60,
         )
     witnesses = [*callbacks, Witness(run)]
     trainer = Trainer(model=model, args=arguments, train_dataset=examples(setting.shape), callbacks=witnesses)

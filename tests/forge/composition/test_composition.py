@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import default_data_collator
 
-from tests.forge.composition.cells import CELLS, Cell, quiet
-from tests.forge.composition.invariants import Bench, assert_close, baseline_of, tolerance_of
-from tests.forge.composition.shapes import save_models
+from forge.presets import get_preset
+from tests.forge.composition.cells import CELLS, Cell, Setting, build, quiet
+from tests.forge.composition.invariants import Bench, assert_close, assert_same, baseline_of, tolerance_of
+from tests.forge.composition.shapes import SHAPES, examples, load_model, save_models
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -75,3 +79,58 @@ def test_cell(cell: Cell, bench: Bench, request: pytest.FixtureRequest) -> None:
         weights, norms = load_file(outcomes[0]["weights"]), outcomes[0]["norms"]
     if cell.technique == "freezing":  # the technique without dropout, whose masks differ from one process to the next
         assert_close(weights, norms, bench.checked(baseline_of(cell)), tolerance_of(cell))
+
+
+# Traps of the libraries beneath ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_evaluation_leaves_the_gradients_of_qlora_alone(shape: str, bench: Bench) -> None:
+    """On a CPU, bitsandbytes repacks 4-bit weights at the first evaluation, for a kernel without a backward pass."""
+    model = build(bench.models, Setting("qlora", "plain", shape, 1))
+    batch = default_data_collator(examples(shape))
+    before = gradients(model, batch)
+    assert any(gradient.any() for gradient in before.values())
+    with torch.no_grad():
+        model.eval()(**batch)
+    assert_same(gradients(model, batch), before, "gradients before and after an evaluation")
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    model.train()(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Next to the matrix: what cannot work says so -------------------------------------------------------------------------
+
+IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], bool, str]] = {
+    "full training of 4-bit weights": ("sft", {}, True, "must not be quantised, got a quantised"),
+    "QLoRA on weights that are not quantised": ("qlora", {}, False, "'qlora' needs 4-bit weights, got"),
+    "AdaLoRA with frozen layers": (
+        "adalora",
+        {"total_step": 100, "freeze_ratio": 0.5},
+        False,
+        "every adapter must train under AdaLoRA",
+    ),
+}
+"""Combination → preset, its options, whether the weights are in 4 bits, and what the error says."""
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("preset", "options", "quantised", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_what_cannot_work_says_so(
+    preset: str, options: dict[str, Any], quantised: bool, message: str, shape: str, bench: Bench
+) -> None:
+    loading = {"quantization_config": get_preset("qlora").get_bnb_config()} if quantised else {}
+    model = load_model(bench.models, shape, 0.0, **loading)
+    with pytest.raises(ValueError, match=message):
+        get_preset(preset, **options).prepare(model)
+
+
+@pytest.mark.parametrize(
+    ("preset", "option"), [("prompt-tuning", "freeze_ratio"), ("prefix-tuning", "gradient_checkpointing")]
+)
+def test_an_option_that_a_preset_could_only_ignore_is_refused(preset: str, option: str) -> None:
+    with pytest.raises(ValueError, match=f"'{option}' for '{preset}': "):
+        get_preset(preset, **{option: 1})

@@ -1,7 +1,7 @@
 """Runs cells of the matrix as one of two gloo processes; started once for all of them by ``torch.distributed.run``.
 
-``python -m tests.forge.composition.two_processes MODELS FOLDER``, the ids of the cells in
-``FOLDER/cells.json``. Each process appends one line a cell to ``FOLDER/outcomes-RANK.jsonl``.
+``python -m tests.forge.composition.two_processes MODELS FOLDER`` takes the ids of the cells from ``FOLDER/cells.json``;
+each process writes one line a cell to ``FOLDER/outcomes-RANK.jsonl``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def outcome(cell_id: str, bench: Bench, rank: int) -> dict[str, Any]:
 def main(models: Path, folder: Path) -> None:
     rank = int(os.environ["RANK"])
     bench = Bench(models, folder)
-    with open(folder / f"outcomes-{rank}.jsonl", "a") as file, quiet():
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
+    with open(folder / f"outcomes-{rank}.jsonl", "w") as file, quiet():
         for cell_id in json.loads((folder / "cells.json").read_text()):
             print(json.dumps(outcome(cell_id, bench, rank)), file=file, flush=True)
             torch.distributed.barrier()
