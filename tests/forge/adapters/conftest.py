@@ -98,10 +98,9 @@ def same(left, right):
 
 def trainer(model, folder, *callbacks, **options):
     rows = [{k: v[i] for k, v in batch(rows=32).items()} for i in range(32)]
-    options = {"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **options}
-    args = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="steps", **options
-    )
+    saving = {"save_strategy": "steps"} if "save_steps" in options else {"save_strategy": "no"}
+    options = {"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **saving, **options}
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **options)
     return Trainer(model, args, train_dataset=rows, eval_dataset=rows[:4], callbacks=list(callbacks))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -16,7 +18,7 @@ def adapted(kit, **options):
     model = kit.tiny()
     torch.manual_seed(3)
     settings = {"init_r": 4, "target_r": TARGET_R, "tinit": 2, "tfinal": 3, "deltaT": 1, "total_step": 1000}
-    return get_peft_model(model, AdaLoraConfig(**{**settings, **options}))
+    return get_peft_model(model, AdaLoraConfig(**{"task_type": "CAUSAL_LM", **settings, **options}))
 
 
 def lora_weights(model):
@@ -104,15 +106,48 @@ def test_the_final_adapter_has_the_reduced_ranks_and_loads(kit, tmp_path):
         torch.testing.assert_close(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
-@pytest.mark.parametrize("step", [2, 4, 6])
-def test_resuming_is_bitwise_in_every_phase(kit, tmp_path, step):
+def test_resuming_is_bitwise_in_every_phase(kit, tmp_path):
     def run(**resume):
         model, callback = adapted(kit), AdaLoraCallback()
         kit.trainer(model, tmp_path, callback, save_steps=2).train(**resume)
         return lora_weights(model), callback.ranks
 
-    (whole, ranks), (resumed, ranks_again) = run(), run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert kit.same(whole, resumed) and ranks == ranks_again
+    whole, ranks = run()
+    for step in (2, 4, 6):  # before, during and after the reduction of ranks
+        resumed, ranks_again = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert kit.same(whole, resumed) and ranks == ranks_again
+
+
+def test_a_skipped_optimizer_step_leaves_the_scores_alone(kit, monkeypatch):
+    """fp16 overflow: the gradients hold Inf. The final allocation reads no gradients and is never left out."""
+    model, callback = adapted(kit, total_step=8), AdaLoraCallback()
+    calls = Calls(monkeypatch, model)
+    optimizer = SimpleNamespace(step_was_skipped=True)
+    kit.train(model, steps=1)
+    callback.on_optimizer_step(None, SimpleNamespace(global_step=2), None, model=model, optimizer=optimizer)
+    assert calls.steps == [] and model.base_model.rankallocator.exp_avg_ipt == {}
+    model(**kit.batch()).loss.backward()
+    optimizer.step_was_skipped = False
+    callback.on_optimizer_step(None, SimpleNamespace(global_step=3), None, model=model, optimizer=optimizer)
+    optimizer.step_was_skipped = True
+    callback.on_optimizer_step(None, SimpleNamespace(global_step=4), None, model=model, optimizer=optimizer)
+    assert [step for step, _ in calls.steps] == [4, 5]
+    assert sum(callback.ranks.values()) == TARGET_R * MODULES
+
+
+def test_under_accumulation_the_penalty_counts_once_per_micro_batch(kit, tmp_path):
+    """Why the docstring says to divide ``orth_reg_weight`` by the number of micro-batches."""
+
+    def run(weight, accumulation):
+        model = adapted(kit, orth_reg_weight=weight)
+        options = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+        options |= {"optim": "sgd", "max_grad_norm": 0.0}
+        kit.trainer(model, tmp_path, AdaLoraCallback(), **options).train()
+        return lora_weights(model)
+
+    whole, divided, kept = run(0.8, 1), run(0.4, 2), run(0.8, 2)
+    assert all(torch.allclose(whole[n], divided[n], atol=1e-5) for n in whole)
+    assert not all(torch.allclose(whole[n], kept[n], atol=1e-4) for n in whole)
 
 
 def test_the_best_checkpoint_comes_back_with_its_own_ranks(kit, tmp_path):
@@ -146,6 +181,12 @@ def test_a_schedule_that_does_not_fit_is_refused(kit, tmp_path):
         kit.trainer(adapted(kit, tinit=5), tmp_path, AdaLoraCallback()).train()
     with pytest.raises(ValueError, match="target_r must be below init_r, got 4 and 4"):
         kit.trainer(adapted(kit, target_r=4), tmp_path, AdaLoraCallback()).train()
+
+
+def test_a_penalty_that_peft_would_leave_out_is_refused(kit, tmp_path):
+    with pytest.raises(ValueError, match=r"must have a task_type.*orth_reg_weight=0.5.*give task_type, or"):
+        kit.trainer(adapted(kit, task_type=None), tmp_path, AdaLoraCallback()).train()
+    kit.trainer(adapted(kit, task_type=None, orth_reg_weight=0), tmp_path, AdaLoraCallback()).train()
 
 
 def test_another_method_is_refused(kit, tmp_path):

@@ -20,11 +20,30 @@ SIZES = {
     "pad_token_id": 0,
 }
 
+PARTS = {"layers": 2, "ffn_dim": 64, "attention_heads": 4}
+SMALL = {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+
 FAMILIES = {
     "LlamaModel": (SIZES, ["self_attn.o_proj", "mlp.down_proj"]),
     "MistralModel": ({**SIZES, "num_key_value_heads": 2}, ["self_attn.o_proj", "mlp.down_proj"]),
     "Qwen3Model": ({**SIZES, "num_key_value_heads": 2, "head_dim": 8}, ["self_attn.o_proj", "mlp.down_proj"]),
     "Phi3Model": (SIZES, ["self_attn.o_proj", "mlp.down_proj"]),
+    "Gemma2Model": ({**SIZES, "num_key_value_heads": 2, "head_dim": 8}, ["self_attn.o_proj", "mlp.down_proj"]),
+    "PhiModel": (SIZES, ["self_attn.dense", "mlp.fc2"]),
+    "GPTJModel": (
+        {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+        ["attn.out_proj", "mlp.fc_out"],
+    ),
+    "BloomModel": (SMALL, ["self_attention.dense", "mlp.dense_4h_to_h"]),
+    "FalconModel": (SIZES, ["self_attention.dense", "mlp.dense_4h_to_h"]),
+    "MptModel": ({"vocab_size": 100, "d_model": 32, "n_layers": 2, "n_heads": 4}, ["attn.out_proj", "ffn.down_proj"]),
+    "RobertaModel": (SIZES, ["attention.output.dense", "output.dense"]),
+    "AlbertModel": ({**SIZES, "num_hidden_groups": 2}, ["attention.dense", "ffn_output"]),
+    "DebertaV2Model": (SIZES, ["attention.output.dense", "output.dense"]),
+    "ViTModel": (
+        {k: v for k, v in SIZES.items() if k not in ("vocab_size", "pad_token_id")},
+        ["attention.o_proj", "mlp.fc2"],
+    ),
     "GPTNeoXModel": (SIZES, ["attention.dense", "mlp.dense_4h_to_h"]),
     "GPT2Model": ({"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}, ["attn.c_proj", "mlp.c_proj"]),
     "OPTModel": ({**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32}, ["self_attn.out_proj", "fc2"]),
@@ -48,6 +67,15 @@ def test_every_family_has_two_outputs_a_layer(name):
     found = find_sublayer_outputs(build(name, options))
     assert len(found) == 4
     assert all(path.endswith(end) for path, end in zip(found, expected * 2, strict=True))
+
+
+@pytest.mark.parametrize("name", ["BartModel", "WhisperModel"])
+def test_other_encoder_decoders_have_three_in_the_decoder_too(name):
+    layers = {f"{side}_{part}": n for side in ("encoder", "decoder") for part, n in PARTS.items()}
+    found = find_sublayer_outputs(build(name, {"vocab_size": 100, "d_model": 32, "pad_token_id": 0, **layers}))
+    ends = [path.split("layers.0.")[1] for path in found if "decoder.layers.0." in path]
+    assert ends == ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"]
+    assert len(found) == 10
 
 
 def test_t5_has_two_in_the_encoder_and_three_in_the_decoder(kit):
