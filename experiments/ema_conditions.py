@@ -24,13 +24,14 @@ from experiments.harness.causal_lm import CausalLMRun
 from experiments.harness.claims import Claim, Interaction, Region, SelectedReduction, Selector
 from experiments.harness.classification import ClassificationRun
 from experiments.harness.experiment import Experiment, TrialContext, UserError
-from experiments.harness.record import EVAL_LOSS, ManipulationCheck, Measurements, Observation, TrialSpec
+from experiments.harness.record import EVAL_LOSS, ManipulationCheck, Measurements, Metric, Observation, TrialSpec
 
 if TYPE_CHECKING:
     from experiments.harness.training import TrainingOutcome
 
 Schedule = Literal["constant", "cosine"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
+CLASSIFIER_LOSS = Metric("eval_loss", "nats/example", "minimize")
 DECAYS = (0.9, 0.97, 0.99, 0.997, 0.999, 0.9997)
 CONDITIONS = ("base", "small_data", "high_lr", "long")
 
@@ -177,7 +178,7 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     measurements = Measurements(
         tokens=round(run.steps * run.batch_size * data.tokens / len(data)), digests=ingredients.digests
     )
-    _observe(measurements, outcome)
+    _observe(measurements, outcome, CLASSIFIER_LOSS if classifies else EVAL_LOSS)
     measurements.checks = _checks(spec, run, outcome, ema, measurements, len(data))
     measurements.seconds = {"training": outcome.training_sec, "evaluation": outcome.evaluation_sec}
     measurements.seconds["overhead"] = max(0.0, time.monotonic() - began - sum(measurements.seconds.values()))
@@ -197,7 +198,7 @@ def _run(spec: TrialSpec) -> Cells | Generative | Classifier:
     return dataclasses.replace(run, **changes)
 
 
-def _observe(into: Measurements, outcome: TrainingOutcome) -> None:
+def _observe(into: Measurements, outcome: TrainingOutcome, metric: Metric) -> None:
     """Losses of raw and averaged weights on both splits, at every checkpoint."""
     from forge.ema import averaging_horizon, decay_label, initial_weight_share
 
@@ -217,7 +218,7 @@ def _observe(into: Measurements, outcome: TrainingOutcome) -> None:
                 if not math.isfinite(row[key]):
                     into.diverged = f"the {split} loss of arm {arm} at step {step} is {row[key]}"
                     continue
-                into.observations.append(Observation.of(EVAL_LOSS, row[key], step, split=split, arm=arm, **told))
+                into.observations.append(Observation.of(metric, row[key], step, split=split, arm=arm, **told))
 
 
 def _checks(

@@ -38,6 +38,8 @@ class RunOptions:
     """Set of defaults: smoke, laptop, cpu, gpu, paper (the other options change single values)."""
     dry_run: bool = False
     """Print the resolved plan and its cost, and stop."""
+    plan: bool = False
+    """Print, for each claim with pilot data, what the planned seeds can detect and how many are needed, and stop."""
     workers: int = 1
     """Processes that run trials side by side; the cores are divided among them."""
     storage: str | None = None
@@ -126,6 +128,8 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
 
     console = Console(stderr=True)
     specs = experiment.trials(settings, options.scale)
+    if options.plan:
+        return _plan(experiment, specs, options.results)
     seconds = _seconds(options.time_budget)
     _check_inputs(specs)
     records = _records(experiment, specs, options.results, console)
@@ -141,6 +145,18 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
             return WRONG_INPUT
         records = _records(experiment, specs, options.results, console)
     return _report(experiment, specs, records, options)
+
+
+def _plan(experiment: Experiment, specs: Sequence[TrialSpec], results: Path) -> int:
+    """The power of the design, from the variance of the evidence that is there."""
+    from analysis.load import load_campaigns
+    from analysis.planning import summary
+
+    campaigns, problems = load_campaigns(results, experiment.name)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(summary(experiment, specs, campaigns))
+    return 0
 
 
 def _inputs(specs: Sequence[TrialSpec]) -> set[tuple[str, str, bool, str]]:

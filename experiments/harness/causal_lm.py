@@ -5,13 +5,14 @@ Shared by every experiment on language modelling; an experiment adds its own fie
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from experiments.harness.experiment import UserError
+from experiments.harness.training_run import TrainingRun
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CausalLMRun:
+class CausalLMRun(TrainingRun):
     """Model, data and recipe of one training run."""
 
     model: str = "smollm2-135m"
@@ -30,39 +31,22 @@ class CausalLMRun:
     """Embedded corpus (moby_dick, state_of_the_union, movie_sentiment), local file, or hub id."""
     method: Literal["full", "lora", "qlora"] = "full"
     """What is trained: all weights, LoRA adapters, or LoRA adapters on an NF4 base."""
-    random_init: bool = False
-    """Build the model from its config alone, with random weights."""
     batch_size: int = 4
     """Blocks per optimizer step."""
     sequence_length: int = 128
     """Tokens per block."""
-    learning_rate: float = 5e-5
-    """Peak learning rate of AdamW."""
-    warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises linearly."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 is autocast over fp32 weights."""
     validation_blocks: int = 16
     """Blocks of each evaluation during training."""
     test_blocks: int = 96
     """Blocks of the final evaluation."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "validation_blocks", "test_blocks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
+        self._at_least_one("validation_blocks", "test_blocks")
         if self.sequence_length < 2:
             raise UserError(
                 f"sequence_length must be at least 2 (one token predicts the next), got {self.sequence_length}"
             )
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
 
 @dataclass(frozen=True)
@@ -101,11 +85,9 @@ def losses_on_test(
     run: CausalLMRun, ingredients: Ingredients, arms: Mapping[str, Callable[[], AbstractContextManager[None]]]
 ) -> tuple[dict[str, HeldOutLoss], float]:
     """Test loss of every arm, each under the context that puts its weights in place, and the seconds that it took."""
-    from experiments.harness.evaluation import held_out_loss
+    from experiments.harness.evaluation import held_out_loss, over_arms
     from experiments.harness.training import autocast
 
-    began, losses = time.monotonic(), {}
-    for arm, weights in arms.items():
-        with weights():
-            losses[arm] = held_out_loss(ingredients.model, ingredients.test, run.batch_size, autocast(run.precision))
-    return losses, time.monotonic() - began
+    return over_arms(
+        arms, partial(held_out_loss, ingredients.model, ingredients.test, run.batch_size, autocast(run.precision))
+    )

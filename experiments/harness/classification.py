@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Suppress
 
-from experiments.harness.data import Corpus, Document, Examples, encode, load_corpus, stratified
 from experiments.harness.experiment import UserError
 from experiments.harness.record import ExampleOutcome, Measurements, Metric, Observation, Scalar
 from experiments.harness.training_run import TrainingRun
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import EvalPrediction
 
+    from experiments.harness.data import Corpus, Document, Examples
     from experiments.harness.evaluation import HeldOutClasses
 
 CROSS_ENTROPY = Metric("cross_entropy", "nats/example", "minimize")
@@ -90,6 +90,7 @@ def prepare(run: ClassificationRun, seed: int) -> Ingredients:
     """
     from transformers import DataCollatorWithPadding, set_seed
 
+    from experiments.harness.data import encode, load_corpus, stratified
     from experiments.harness.models import load_classifier, load_tokenizer, weights_sha256
 
     corpus, tokenizer = load_corpus(run.dataset, labelled=True), load_tokenizer(run.model)
@@ -121,6 +122,8 @@ def prepare(run: ClassificationRun, seed: int) -> Ingredients:
 
 
 def _training_documents(run: ClassificationRun, corpus: Corpus, seed: int) -> list[Document]:
+    from experiments.harness.data import stratified
+
     documents = corpus.split("train")
     if run.train_examples is None:
         return documents

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 from scipy.special import expit
-from scipy.stats import norm
 
 from experiments.worlds.averaging import Array, Average, weights_table
 
@@ -82,7 +81,8 @@ class Logistic:
         self.dimension = dimension
         self._optimum = np.full(dimension, norm_of_optimum / np.sqrt(dimension))
         z = np.linspace(-10, 10, 20_001)
-        slope = expit(norm_of_optimum * z) * expit(-norm_of_optimum * z) * norm.pdf(z) * (z[1] - z[0])
+        density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+        slope = expit(norm_of_optimum * z) * expit(-norm_of_optimum * z) * density * (z[1] - z[0])
         self._across, self._along = float(slope.sum()), float((slope * z**2).sum())
         self._test = np.random.default_rng(0).standard_normal((test_inputs, dimension))
 

@@ -38,6 +38,8 @@ def reader_namespace(model_folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, use_cache=False)
     ids = torch.randint(0, 256, (16, 32)).tolist()
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    dataloader = DataLoader(data, batch_size=4, collate_fn=default_data_collator)
+    batch = next(iter(dataloader))
     args = TrainingArguments(output_dir="./output", max_steps=2, per_device_train_batch_size=4, use_cpu=True)
     return {
         "name": str(model_folder),
@@ -47,7 +49,9 @@ def reader_namespace(model_folder: Path) -> dict[str, Any]:
         "dataset": data,
         "train_dataset": data,
         "eval_dataset": data,
-        "dataloader": DataLoader(data, batch_size=4, collate_fn=default_data_collator),
+        "dataloader": dataloader,
+        "batch": batch,
+        "loss": model(**batch).loss,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "args": args,
         "Trainer": Trainer,

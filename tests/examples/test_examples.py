@@ -137,7 +137,8 @@ def test_train_with_forge(run_here: Any, tmp_path: Path, capsys: pytest.CaptureF
     assert any(t.any() for name, t in averages.items() if "lora_B" in name)
     assert [record.step for record in left["monitor_callback"].history] == [1, 2]
 
-    batch = left["trainer"].data_collator([left["dataset"]["train"][i] for i in range(40)])
+    rows = left["dataset"]["train"].remove_columns("text").select(range(40))
+    batch = left["trainer"].data_collator(list(rows))
     assert batch["input_ids"].shape == (40, 64)
     assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
     assert (batch["labels"] == -100).any() and (batch["labels"][:, 0] != -100).all()

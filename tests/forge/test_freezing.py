@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +34,6 @@ from forge.freezing import (
 )
 from forge.layers import NoLayersError, find_layers
 
-ROOT = Path(__file__).resolve().parents[2]
 CAUSAL, MASKED, SEQ2SEQ = AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 LLAMA = {
     "hidden_size": 32,
@@ -55,14 +50,10 @@ FAMILIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "opt": (CAUSAL, "opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "falcon": (CAUSAL, "falcon", {}),
     "bloom": (CAUSAL, "bloom", {"n_layer": 4, "n_head": 4}),
-    "gpt_neox": (CAUSAL, "gpt_neox", {}),
+    "gpt_neox_japanese": (CAUSAL, "gpt_neox_japanese", {"tie_word_embeddings": False}),
     "mixtral": (CAUSAL, "mixtral", {"num_key_value_heads": 2, "num_local_experts": 2}),
     "mamba": (CAUSAL, "mamba", {"state_size": 4}),
-    "jamba": (
-        CAUSAL,
-        "jamba",
-        {"num_key_value_heads": 2, "num_experts": 2, "attn_layer_offset": 1, "attn_layer_period": 2},
-    ),
+    "jamba": (CAUSAL, "jamba", {"num_key_value_heads": 2, "attn_layer_offset": 1, "attn_layer_period": 2}),
     "xlnet": (CAUSAL, "xlnet", {"d_inner": 64, "d_head": 8}),
     "bert": (MASKED, "bert", {}),
     "roberta": (MASKED, "roberta", {}),
@@ -70,12 +61,7 @@ FAMILIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "distilbert": (MASKED, "distilbert", {"dim": 32, "hidden_dim": 64, "n_layers": 4, "n_heads": 4}),
     "deberta": (MASKED, "deberta", {}),
     "t5": (SEQ2SEQ, "t5", {"d_ff": 64, "d_kv": 8, "num_hidden_layers": 2, "num_decoder_layers": 2}),
-    "bart": (
-        SEQ2SEQ,
-        "bart",
-        {f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in (("layers", 2), ("ffn_dim", 64))}
-        | {"num_hidden_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
-    ),
+    "bart": (SEQ2SEQ, "bart", {"num_hidden_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64}),
 }
 ROWS = torch.randint(3, 100, (2, 8), generator=torch.Generator().manual_seed(0))
 
@@ -185,8 +171,8 @@ def test_positions_norms_and_projections_count_as_embeddings_but_heads_do_not() 
     names = set(freeze_embeddings(model).parameters)
     assert {"electra.embeddings.LayerNorm.weight", "electra.embeddings_project.weight"} <= names
     assert {name.split(".")[1] for name in names} == {"embeddings", "embeddings_project"}
-    model = build("gpt_neox")  # its head is called embed_out
-    assert freeze_embeddings(model).parameters == ("gpt_neox.embed_in.weight",)
+    model = build("gpt_neox_japanese")  # its head is called embed_out
+    assert freeze_embeddings(model).parameters == ("gpt_neox_japanese.embed_in.weight",)
     model = nn.ModuleDict({"my_embedder": build("bert")})  # a name around the layers says nothing of what it holds
     assert not any("LayerNorm" in name and "embeddings." not in name for name in freeze_embeddings(model).parameters)
 
@@ -232,6 +218,7 @@ def test_ratio_0_does_nothing_and_unfreezes_nothing() -> None:
     report = setup_lp_lora_style(model, 0.0)
     assert trainable(model) == before and report.parameters == () and report.layers == ()
     assert not model._forward_pre_hooks
+    assert setup_lp_lora_style(model.requires_grad_(False), 0.0).trainable_params == 0
 
 
 def test_freezing_again_adds_to_what_is_frozen() -> None:
@@ -437,7 +424,8 @@ def test_base_weights_under_adapters_and_quantised_weights_save_nothing(tmp_path
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=nf4)
     model.requires_grad_(False)
-    plain = sum(p.numel() for n, p in model.named_parameters() if "proj" not in n)
+    model.packed = type("Packed", (nn.Parameter,), {})(torch.zeros(9), requires_grad=False)  # torchao: floats by dtype
+    plain = sum(p.numel() for n, p in model.named_parameters() if "proj" not in n and n != "packed")
     saved = get_memory_savings_estimate(model)["gradient_saved_gb"]
     assert saved == plain * model.model.norm.weight.element_size() / 1e9
     model = with_lora(model)
@@ -510,40 +498,3 @@ def test_a_report_of_another_model_is_refused() -> None:
     report = setup_lp_lora_style(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40)))
     with pytest.raises(ValueError, match=r"report must be of this model, got one with transformer.wte.weight"):
         unfreeze(tiny_llama(), report)
-
-
-# Documents ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_snippets_of_the_page_run_and_print_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    snippets = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "freezing.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert len(snippets) == 4
-    namespace: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(snippet, namespace)
-    said = re.search(r"print\(report\)  # (.*)", snippets[0])
-    assert said and said[1] in capsys.readouterr().out
-
-
-def test_what_the_page_says_of_smollm2() -> None:
-    with torch.device("meta"):
-        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152}
-        heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-        models = [LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)) for _ in range(2)]
-    total = sum(p.numel() for p in models[0].parameters())
-    assert round(100 * models[0].lm_head.weight.numel() / total) == 21
-    layers, both = (setup_lp_lora_style(m, freeze_embeddings=e).frozen_params for m, e in zip(models, (False, True)))
-    assert (round(100 * layers / total), round(100 * both / total)) == (39, 61)
-
-
-def test_the_benchmark_runs(tmp_path: Path) -> None:
-    options = ["--model-size", "tiny", "--rounds", "6", "--sequence-length", "8", "--json", str(tmp_path / "ms.json")]
-    command = [sys.executable, str(ROOT / "benchmarks" / "freezing.py"), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "ms.json").read_text())
-    assert [row["ratio"] for row in figures["rows"]] == [0.0, 0.5, 0.75]
-    assert figures["rows"][0]["of_full_step"] == 1.0 and all(len(times) == 6 for times in figures["ms"].values())

@@ -1,7 +1,8 @@
-"""GradualUnfreezing in the Trainer: stages, the optimizer, resuming, two processes (section «Layer Freezing»)."""
+"""GradualUnfreezing in the Trainer and in two processes; the page and the benchmark (section «Layer Freezing»)."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -15,7 +16,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.training_args import ParallelMode
 
 from forge.freezing import GradualUnfreezing, _check_parallel, setup_lp_lora_style
@@ -246,3 +247,41 @@ def test_ddp_that_does_not_look_for_unused_parameters_is_refused() -> None:
     args.fsdp = ["full_shard"]
     with pytest.raises(NotImplementedError, match="needs whole parameters, got sharded"):
         _check_parallel(args, model)
+
+
+# The page and the benchmark -------------------------------------------------------------------------------------------
+
+
+def test_the_snippets_of_the_page_run_and_print_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "freezing.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert len(snippets) == 4
+    namespace: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(snippet, namespace)
+    said = re.search(r"print\(report\)  # (.*)", snippets[0])
+    assert said and said[1] in capsys.readouterr().out
+
+
+def test_what_the_page_says_of_smollm2() -> None:
+    with torch.device("meta"):
+        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152}
+        heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+        models = [LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)) for _ in range(2)]
+    total = sum(p.numel() for p in models[0].parameters())
+    assert round(100 * models[0].lm_head.weight.numel() / total) == 21
+    layers = setup_lp_lora_style(models[0], freeze_embeddings=False).frozen_params
+    both = setup_lp_lora_style(models[1]).frozen_params
+    assert (round(100 * layers / total), round(100 * both / total)) == (39, 61)
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    options = ["--model-size", "tiny", "--rounds", "6", "--sequence-length", "8", "--json", str(tmp_path / "ms.json")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "freezing.py"), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "ms.json").read_text())
+    assert [row["ratio"] for row in figures["rows"]] == [0.0, 0.5, 0.75]
+    assert figures["rows"][0]["of_full_step"] == 1.0 and all(len(times) == 6 for times in figures["ms"].values())
