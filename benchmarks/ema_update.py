@@ -2,10 +2,10 @@
 
     python benchmarks/ema_update.py --threads 1
 
-The floor is measured with kernels that stream as many bytes, by the same mix of reads and
-writes, over flat fp32 buffers of the model's size: ``lerp_`` (reads weights and average, writes the average: 12 bytes
-per parameter) for one decay, and for each further decay ``mul_`` (reads and writes an average: 8 bytes), as if the
-weights were read from memory only once: 28 bytes for three.
+The floor is measured with kernels that stream as many bytes, by the same mix of reads and writes, over flat fp32
+buffers of the model's size: ``lerp_`` (reads weights and average, writes the average: 12 bytes per parameter) for one
+decay, and for each further decay ``mul_`` (reads and writes an average: 8 bytes), as if the weights were read from
+memory only once: 28 bytes for three.
 
 The others come with ``pip install "transformers-forge[benchmark]"``; one that is missing is shown as missing.
 """
