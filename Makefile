@@ -1,4 +1,5 @@
 # make ema_ablation   set everything up and run the main experiment    (ARGS="--scale smoke" for other options)
+# make examples       run the guides' scripts, a few steps each
 # make test           set everything up and run the tests              (ARGS="-m slow" for others)
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ READY := $(VENV)/.ready
 EXPERIMENTS := $(filter-out run __init__,$(basename $(notdir $(wildcard experiments/*.py))))
 ARGS ?=
 
-.PHONY: setup test check tables clean $(EXPERIMENTS)
+.PHONY: setup test check tables examples clean $(EXPERIMENTS)
 
 setup: $(READY)
 
@@ -38,6 +39,9 @@ tables: $(READY)
 	$(PY) -m analysis.notebooks.build
 	$(PY) -m analysis.theory
 	$(PY) -m analysis.claims_page
+
+examples: $(READY)
+	@for script in examples/*.py; do echo "== $$script" && $(PY) $$script $(ARGS) || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs *.egg-info

@@ -67,7 +67,7 @@ tokenizer.pad_token = tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(MODEL_NAME, quantization_config=preset.get_bnb_config(), device_map="auto")
 
 # =============================================================================
-# 3. Preparation (all of it in one call: model = preset.prepare(model))
+# 3. Preparation (one call does all of it: get_preset("qlora", freeze_ratio=0.5).prepare(model))
 # =============================================================================
 
 print("\n🔧 Preparing model...")
