@@ -41,7 +41,7 @@ class Layout:
     conditions: tuple[str, ...] = ()
     """Conditions of a row that vary within a trial as factors do between trials: a table row for each level."""
     control: Scalar = "raw"
-    """The level that the others are paired with."""
+    """The level that the others are paired with; empty where there is none."""
     order: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
     """Factors that come first, in this order, each with the levels that come first; the rest is sorted."""
 
@@ -58,6 +58,15 @@ LAYOUTS: dict[str, Layout] = {
         where={},
         arm="fault",
         control="healthy",
+    ),
+    "verdict_calibration": Layout(
+        metric="false_verdicts",
+        also=("simulations", "no_interval", "interval_width"),
+        where={"side": "worse", "position": "edge"},
+        arm="outcomes",
+        conditions=("n_seeds",),
+        control="",
+        order={"estimand": (), "n_seeds": (), "outcomes": ("gaussian",)},
     ),
     "polyak_averaging": Layout(
         metric="excess_loss",

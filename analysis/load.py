@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -57,7 +58,7 @@ class Campaign:
         """Records of trials that succeeded: status ``ok``, and every manipulation check passed."""
         return tuple(record for record in self.records if succeeded(record))
 
-    @property
+    @cached_property
     def observations(self) -> pd.DataFrame:
         """Tidy observations of the trials that succeeded, one row each.
 

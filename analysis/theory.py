@@ -29,8 +29,8 @@ from analysis.formatting import (
 from analysis.load import Campaign, load_campaigns
 from analysis.statistics import MAX_SEEDS
 from analysis.ticks import render_ticks
-from analysis.verdicts import Verdict
-from experiments.harness.claims import Claim, is_exact
+from analysis.verdicts import MIN_SEEDS, Verdict
+from experiments.harness.claims import Claim, Proportion, Rate, is_exact
 from experiments.harness.experiment import Experiment, UserError, load_experiments, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ OUTCOMES = {
     "insufficient": ("🟡", "🟡 **Недостаточно данных**", "недостаточно данных"),
 }
 HEADER = ("Статус", "Утверждение", "Условие", "Верно, если", "Оценка", "Интервал 95 %", "n", "Область")
-AS_ABOVE = "″"
+LINE_BREAK = "<br>"
 NOTE = (
     "Интервалы одновременные (95 % на все утверждения эксперимента вместе); у точных величин — размах по запускам. "
     "n — число сидов (у точных величин — запусков)."
@@ -159,19 +159,22 @@ def _section(section: Section, findings: Sequence[Finding], root: Path) -> str:
 
 
 def _experiment(findings: Sequence[Finding]) -> str:
-    """The claims that one experiment tests, under its name; a statement is written once for all its conditions."""
+    """The claims that one experiment tests, under its name; a sentence has one row, with a line for each condition."""
     right = [name in ("Верно, если", "Оценка", "Интервал 95 %", "n") for name in HEADER]
-    rows, above = [], ""
-    for finding in findings:
-        statement = f"{finding.claim.statement} *({finding.claim.source})*"
-        rows.append(_row(finding, AS_ABOVE if statement == above else statement))
-        above = statement
+    sentences = groupby(map(_row, findings), key=lambda row: row[HEADER.index("Утверждение")])
+    rows = [[_lines(cells) for cells in zip(*group, strict=True)] for _, group in sentences]
     table = markdown_table(HEADER, rows, right, padded=False)
     return f"**Эксперимент {_link(findings[0].experiment)}**\n\n{table}\n\n{_sources(findings)}".rstrip()
 
 
-def _row(finding: Finding, statement: str) -> list[str]:
+def _lines(cells: Sequence[str]) -> str:
+    """One line per condition, or one for all where they say the same."""
+    return cells[0] if len(set(cells)) == 1 else LINE_BREAK.join(cells)
+
+
+def _row(finding: Finding) -> list[str]:
     claim, evidence = finding.claim, finding.evidence
+    statement = f"{claim.statement} *({claim.source})*"
     condition, true_if = claim.condition or NOTHING, format_region(claim.estimand, claim.region, RUSSIAN)
     if evidence is None:
         return [PENDING, statement, condition, true_if, *[NOTHING] * 4]
@@ -200,10 +203,15 @@ def _need(verdict: Verdict) -> str:
         return f"нет результата у {missing} из {verdict.n_planned} запусков"
     if verdict.interval is None:
         return "оценить нельзя, причина — в таблице"
+    estimand = verdict.claim.estimand
+    if MIN_SEEDS.get(type(estimand).__name__, 0) is None:
+        return "такая величина по сидам не судится, см. verdict_calibration"
     if verdict.seeds_needed is not None:
-        return f"хватило бы сидов: ≈{verdict.seeds_needed}"
-    if is_exact(verdict.claim.estimand):
+        return f"хватило бы {'запусков' if isinstance(estimand, Rate) else 'сидов'}: ≈{verdict.seeds_needed}"
+    if is_exact(estimand):
         return "размах пересекает границу"
+    if isinstance(estimand, Proportion):
+        return "интервал пересекает границу"
     return f"не хватило бы и {MAX_SEEDS} сидов"
 
 

@@ -121,7 +121,8 @@ def judge_campaign(claims: Sequence[Claim], campaign: Campaign) -> list[Verdict]
         )
     n_sampled = sum(not is_exact(claim.estimand) for claim in claims)
     uses = Counter(claim.id for claim in claims)
-    return [_judge(claim, campaign, n_sampled, uses[claim.id]) for claim in claims]
+    observations = campaign.observations
+    return [_judge(claim, campaign, observations, n_sampled, uses[claim.id]) for claim in claims]
 
 
 def decided(
@@ -135,14 +136,14 @@ def decided(
     return (region.low <= low) & (high <= region.high), (high < region.low) | (region.high < low)
 
 
-def _judge(claim: Claim, campaign: Campaign, n_sampled: int, uses: int) -> Verdict:
+def _judge(claim: Claim, campaign: Campaign, observations: pd.DataFrame, n_sampled: int, uses: int) -> Verdict:
     alpha = None if is_exact(claim.estimand) else bonferroni(claim.alpha, n_sampled)
     if uses > 1:
         # Records register a claim's digest by its id: with two of one id, neither is known to have stood.
         taken = f"a claim id must be unique, but {claim.id} is taken by {uses} claims; rename all but one"
         finding = _Finding("insufficient", taken)
     else:
-        finding = _find(claim, campaign, alpha)
+        finding = _find(claim, campaign, observations, alpha)
     lack = _what_is_missing(campaign)
     estimate = finding.estimate
     return Verdict(
@@ -166,9 +167,8 @@ def _registered(claim: Claim, record: TrialRecord) -> bool:
     return record.claims.get(claim.id) == claim.digest and record.git_dirty is False
 
 
-def _find(claim: Claim, campaign: Campaign, alpha: float | None) -> _Finding:
+def _find(claim: Claim, campaign: Campaign, observations: pd.DataFrame, alpha: float | None) -> _Finding:
     """Estimate a claim from the trials that succeeded; ``alpha`` is None for a quantity without sampling error."""
-    observations = campaign.observations
     if observations.empty:
         return _Finding("insufficient", "no trial yielded observations")
     try:

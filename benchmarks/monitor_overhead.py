@@ -35,9 +35,9 @@ class Settings:
 
     model_size: Literal["smollm2-135m", "tiny"] = "smollm2-135m"
     """Shapes of the model."""
-    batch_size: int = 1
+    batch_size: int = 4
     """Sequences of a step."""
-    sequence_length: int = 256
+    sequence_length: int = 128
     """Tokens of a sequence."""
     threads: int = 1
     """CPU threads of torch."""

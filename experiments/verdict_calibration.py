@@ -87,7 +87,11 @@ SCALES = {
     "cpu": Settings(),
 }
 
-COST = {"smoke": "?", "laptop": "?", "cpu": "?"}
+COST = {
+    "smoke": "under 1 min on 1 core",
+    "laptop": "about 1 min on 1 core",
+    "cpu": "about 2 min on 1 core",
+}
 
 
 def trials(settings: Settings, scale: str) -> list[TrialSpec]:
@@ -267,7 +271,7 @@ def _claims() -> tuple[Claim, ...]:
     return tuple(
         Claim(
             f"false-verdicts-{estimand}-{outcomes}-{n_seeds}".replace("_", "-"),
-            f"Ложный вердикт — не чаще чем в 5 % случаев ({words}, {outcome_words}, n = {n_seeds})",
+            f"Ложный вердикт — не чаще чем в 5 % случаев: {words}",
             "engine",
             "правило вердикта: analysis/verdicts.py",
             Proportion(
@@ -276,6 +280,7 @@ def _claims() -> tuple[Claim, ...]:
                 {"estimand": estimand, "outcomes": outcomes, "n_seeds": n_seeds, "side": "worse", "position": "edge"},
             ),
             Region(high=ALPHA),
+            condition=f"{outcome_words}, n = {n_seeds}",
         )
         for estimand, words in ESTIMAND_WORDS.items()
         for outcomes, outcome_words in OUTCOME_WORDS.items()

@@ -162,7 +162,9 @@ def test_a_claim_id_used_by_two_experiments_is_refused(monkeypatch):
     real = experiment.load_experiment("ema_ablation")
     monkeypatch.setattr(experiment, "experiment_names", lambda: ["one", "two"])
     monkeypatch.setattr(experiment, "load_experiment", lambda name: real)
-    with pytest.raises(ValueError, match=r"claim id .* is taken by ema_ablation"):
+    with pytest.raises(
+        experiment.UserError, match=r"claim ids must be unique over all experiments, got .* in ema_ablation"
+    ):
         experiment.load_experiments()
 
 

@@ -94,13 +94,16 @@ def load_experiment(name: str) -> Experiment:
 
 
 def load_experiments() -> list[Experiment]:
-    """Import all experiments and refuse a claim id that two of them use."""
+    """Import all experiments and refuse (UserError) a claim id that two of them use."""
     experiments = [load_experiment(name) for name in experiment_names()]
     owner: dict[str, str] = {}
     for experiment in experiments:
         for claim in experiment.claims:
             if claim.id in owner:
-                raise ValueError(f"claim id {claim.id!r} of {experiment.name} is taken by {owner[claim.id]}")
+                raise UserError(
+                    f"claim ids must be unique over all experiments, got {claim.id!r} in {owner[claim.id]} and "
+                    f"{experiment.name}; rename one of them"
+                )
             owner[claim.id] = experiment.name
     return experiments
 

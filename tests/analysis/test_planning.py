@@ -75,3 +75,13 @@ def test_claims_of_the_fake_experiment_are_what_the_test_takes_them_for():
     assert len(sampled) == 18
     assert isinstance(sampled[0], Claim) and isinstance(sampled[0].estimand, RelativeReduction)
     assert sampled[0].region == Region(low=0.01)
+
+
+def test_the_command_line_prints_the_plan_and_runs_nothing(tmp_path, make_record, capsys):
+    from experiments.run import main
+
+    write_campaign(tmp_path / "results", make_record, "cpu")
+    arguments = ["ema_ablation", "--scale", "cpu", "--plan", "--results", str(tmp_path / "results")]
+    assert main([*arguments, "--runs", str(tmp_path / "runs")]) == 0
+    assert "| ema-0.999-lowers-loss-constant" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()

@@ -163,7 +163,7 @@ def test_command_line(tmp_path: Path, make_record: Any, capsys: pytest.CaptureFi
     assert main(["--results", str(tmp_path)]) == 0
     assert (tmp_path / "tables" / f"{NAME}.md").exists()
     assert main(["ema_ablatoin", "--results", str(tmp_path)]) == 2
-    assert "did you mean ema_ablation?" in capsys.readouterr().err
+    assert "did you mean ema_ablation" in capsys.readouterr().err
 
 
 def test_number_formats() -> None:
