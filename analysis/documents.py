@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from analysis.arms import REDUCTION, Layout
 from analysis.estimands import CannotEstimate, select
-from analysis.figures import HUES, INK, MARKERS, STYLE
 from analysis.load import Campaign
+from analysis.style import HUES, INK, MARKERS, STYLE
 from experiments.harness.claims import Scalar, Selector
 
 

@@ -1,8 +1,9 @@
 """Figures of an experiment from its records: ``python -m analysis.figures [experiment]``.
 
-Serves the section «EMA» of THEORY.md: what an average of the weights gains against the raw weights, over the length
-of the average. The difference is paired within seed before it is averaged, so the intervals are those of the
-difference; the spread between seeds that both arms share has no part in them.
+Serves the section «EMA» of THEORY.md: what an average of the weights gains against the raw weights, over the length of
+the average (``analysis.rates`` has the figure of the exact worlds). The difference is paired within seed before it is
+averaged, so the intervals are those of the difference; the spread between seeds that both arms share has no part in
+them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,12 @@ from analysis.estimands import CannotEstimate
 from analysis.evidence import in_order, is_default
 from analysis.formatting import ENGLISH
 from analysis.load import Campaign, load_campaigns
+from analysis.rates import draw_rates
+from analysis.style import CLAIMED, HUES, INK, MARKERS, MUTED, STYLE
 from analysis.tables import RESULTS, experiments_with_results
 from experiments.harness.experiment import UserError, experiment_names, load_experiment
 
 LOW, HIGH = f"{REDUCTION}_low", f"{REDUCTION}_high"
-INK, MUTED, CLAIMED = "#222222", "#767676", "#e8eef5"
-HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-"""Okabe–Ito colours, distinguishable with colour-blindness."""
-MARKERS = ("o", "s", "^", "v")
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
 
 
 @dataclass(frozen=True)
@@ -93,6 +81,9 @@ FIGURES = {
         special_label="compute_optimal_decay(T)",
     )
 }
+
+DRAWN: dict[str, Callable[[Campaign], Figure]] = {"polyak_averaging": draw_rates}
+"""Experiments with a figure of their own kind."""
 
 FLOOR = 0.3
 """Height of the strip, as a share of a panel, that holds what lies below the axis and the shares."""
@@ -242,12 +233,13 @@ def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:
     Returns:
         The paths; none where there is no evidence or the experiment declares no figure.
     """
-    if experiment not in FIGURES:
+    if experiment not in FIGURES and experiment not in DRAWN:
         return []
     paths = []
     for campaign in in_order(load_campaigns(results, experiment)[0]):
         path = out / f"{experiment}_{campaign.scale}{_suffix(campaign)}.png"
-        png = to_png(draw(campaign, FIGURES[experiment]))
+        figure = draw(campaign, FIGURES[experiment]) if experiment in FIGURES else DRAWN[experiment](campaign)
+        png = to_png(figure)
         out.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png)
         paths.append(path)

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.arms import arm_table, layout_of
+from analysis.arms import ALPHA, arm_table, layout_of
 from analysis.cells import VERDICT_HEADER, arm_cells, is_numeric, short_arm_cells, verdict_cells, verdict_line
 from analysis.estimands import CannotEstimate
 from analysis.evidence import in_order
-from analysis.formatting import ENGLISH, NO_BREAK_SPACE, markdown_table
+from analysis.formatting import ENGLISH, NO_BREAK_SPACE, format_estimate, format_interval, markdown_table
+from analysis.hierarchy import seeds_and_items
 from analysis.load import Campaign, load_campaigns
 from analysis.verdicts import NOT_MEASURED, Verdict, judge_campaign
+from experiments.harness.claims import RelativeReduction
 from experiments.harness.experiment import UserError, experiment_names, load_experiment, unknown
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -33,7 +35,7 @@ def markdown(experiment: str, campaigns: Sequence[Campaign]) -> str:
     parts = [f"# {experiment}", "Written by `python -m analysis.tables` from the records; do not edit."]
     for campaign in campaigns:
         parts += [f"## {heading(campaign)}", trials_line(campaign)]
-        parts += [*_arm_section(campaign), *_verdict_section(campaign)]
+        parts += [*_arm_section(campaign), *_verdict_section(campaign), *_items_section(campaign)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -174,10 +176,42 @@ def _arm_section(campaign: Campaign) -> Iterator[str]:
 
 def _note(campaign: Campaign) -> str:
     layout = layout_of(campaign.experiment)
+    if not layout.control:
+        return "Means over trials."
     return (
         f"Reduction: ({layout.control} − arm) / {layout.control} of {layout.metric}, paired within seed, mean over "
         "seeds. Its 95% t-interval is per arm and not adjusted for the number of arms."
     )
+
+
+def _items_section(campaign: Campaign) -> Iterator[str]:
+    """Training seeds and test documents as two sources of variation, where outcomes by document were recorded."""
+    rows = []
+    for verdict in judged(campaign):
+        estimand = verdict.claim.estimand
+        if not isinstance(estimand, RelativeReduction):
+            continue
+        try:
+            apart = seeds_and_items(estimand, campaign, ALPHA)
+        except CannotEstimate:
+            continue
+        intervals = [apart.over_seeds, apart.over_items, apart.over_both]
+        rows.append(
+            [
+                verdict.claim.id,
+                format_estimate(estimand, apart.over_seeds.value, ENGLISH),
+                *(format_interval(estimand, (each.low, each.high), ENGLISH) for each in intervals),
+                f"{apart.over_seeds.n} × {apart.over_items.n}",
+            ]
+        )
+    if rows:
+        yield "### Seeds and documents apart"
+        header = ("claim", "reduction", "other seeds", "other documents", "both", "seeds × documents")
+        yield markdown_table(header, rows, [False, *[True] * 5], padded=False)
+        yield (
+            "95% intervals of one claim each, not adjusted: over training seeds, same documents (what verdicts go "
+            "by), over documents with the same seeds, over both (crossed random effects)."
+        )
 
 
 def _verdict_section(campaign: Campaign) -> Iterator[str]:

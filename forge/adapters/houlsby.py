@@ -34,7 +34,7 @@ class HoulsbyConfig(PeftConfig):
     """
 
     bottleneck: int = field(default=64)
-    """Width m of the bottleneck; the paper tries 2 to 256."""
+    """Width m of the bottleneck; the paper tries 1 to 512."""
     nonlinearity: str = field(default="relu")
     """Name of σ in ``transformers.activations.ACT2FN``."""
     zero_init: bool = field(default=True)

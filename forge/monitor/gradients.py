@@ -162,9 +162,16 @@ def _norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
         groups.setdefault((values.device, values.dtype), {})[name] = values
     names = [name for group in groups.values() for name in group]
     with torch.no_grad():
-        fused = [n for group in groups.values() for n in torch._foreach_norm([*group.values()], 2, torch.float32)]
+        fused = [n for kind, group in groups.items() for n in _norms_of_kind(*kind, [*group.values()])]
         values = torch.stack([norm.to(fused[0].device, non_blocking=True) for norm in fused])
     return dict(zip(names, values.tolist(), strict=True))
+
+
+def _norms_of_kind(device: torch.device, dtype: torch.dtype, gradients: list[Tensor]) -> list[Tensor]:
+    """One fused call; on a CPU, where nothing is fused, BLAS takes half the time of the norm for fp32."""
+    if device.type == "cpu" and dtype == torch.float32:
+        return [torch.dot(flat, flat).sqrt() for flat in (gradient.reshape(-1) for gradient in gradients)]
+    return [*torch._foreach_norm(gradients, 2, torch.float32)]
 
 
 def _kind(norm: float, vanishing_below: float, exploding_above: float) -> GradientProblem | None:
