@@ -87,9 +87,9 @@ def check_gradient_health(
     """L2 norm of every parameter's gradient, and which of them are NaN, Inf, exploding or vanishing.
 
     Call it after ``backward()`` and before clipping. Norms are accumulated in fp32 by one fused
-    ``torch._foreach_norm`` for each device and dtype, and reach the host in one transfer. They are of whole parameter
-    tensors: a dead row inside a healthy matrix does not show, and finite elements whose squares overflow fp32 (a norm
-    above 1.8e19) show as Inf.
+    ``torch._foreach_norm`` for each device and dtype (BLAS for fp32 on a CPU), and reach the host in one transfer.
+    They are of whole parameter tensors: a dead row inside a healthy matrix does not show, and finite elements whose
+    squares overflow fp32 (a norm above 1.8e19) show as Inf.
 
     Args:
         model: any model, wrapped by PEFT or not.
