@@ -24,7 +24,7 @@ $(EXPERIMENTS): $(READY)
 	$(PY) -m experiments.run $@ $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,11 +114,13 @@ def test_listing_experiments_loads_no_torch():
 
 
 def test_listing_experiments_takes_under_half_a_second():
+    """Of processor time, which does not depend on what else the machine is doing."""
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
         out = run_python("-m", "experiments.run")
-        seconds.append(time.perf_counter() - began)
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(spent.ru_utime + spent.ru_stime - began.ru_utime - began.ru_stime)
         assert "ema_ablation" in out and "--scale laptop" in out
         if seconds[-1] < 0.5:
             return
