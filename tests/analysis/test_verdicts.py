@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import pytest
 
+from analysis.evidence import is_default
 from analysis.load import load_campaigns
-from analysis.verdicts import NOT_MEASURED, judge_campaign
+from analysis.verdicts import MIN_SEEDS, NOT_MEASURED, judge_campaign
 from experiments.harness.claims import Claim, ExactRatio, Region, RelativeReduction
+from experiments.harness.experiment import load_experiment
 from experiments.harness.record import ManipulationCheck, write_record
 
+ROOT = Path(__file__).resolve().parents[2]
 REDUCTION = RelativeReduction("eval_loss", treatment={"arm": "ema"}, control={"arm": "raw"})
 RATIO = ExactRatio("trainable_params", "total_params")
 
@@ -255,3 +260,20 @@ def test_a_diverged_value_in_an_ok_record_is_not_averaged(campaign):
     (verdict,) = judge_campaign([claim_of(Region(low=-1.0))], campaign(THREE, seed_2={"observations": rows}))
     assert verdict.outcome == "insufficient"
     assert "values must be finite, got nan for treatment {arm=ema} (seed 2, step 100)" in verdict.reason
+
+
+def test_the_least_number_of_seeds_is_what_the_committed_calibration_asks_for():
+    """The fewest n from which on no rate of false verdicts is refuted, under normal and discrete outcomes."""
+    experiment = load_experiment("verdict_calibration")
+    campaigns, _ = load_campaigns(ROOT / "results", experiment.name)
+    (campaign,) = [c for c in campaigns if is_default(experiment, c) and c.scale == "cpu"]
+    outcome = {v.claim.id: v.outcome for v in judge_campaign(experiment.claims, campaign)}
+    for estimand, least in MIN_SEEDS.items():
+        words = re.sub(r"(?<!^)(?=[A-Z])", "-", {"LogLogSlope": "Slope"}.get(estimand, estimand)).lower()
+        refuted = [
+            n
+            for n in (3, 5, 10, 20)
+            if any(outcome[f"false-verdicts-{words}-{kind}-{n}"] == "refuted" for kind in ("gaussian", "discrete"))
+        ]
+        allowed = [n for n in (3, 5, 10, 20) if n > max(refuted, default=0)]
+        assert least == min(allowed, default=None), estimand
