@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Layout] = {
         arm="outcomes",
         conditions=("n_seeds",),
         control="",
-        order={"estimand": (), "n_seeds": (), "outcomes": ("gaussian",)},
+        order={"estimand": (), "n_seeds": (), "outcomes": ("gaussian", "skewed", "heavy_tailed", "discrete")},
     ),
     "polyak_averaging": Layout(
         metric="excess_loss",
@@ -129,7 +129,7 @@ def paired_rows(campaign: Campaign, layout: Layout) -> pd.DataFrame:
 def arm_table(campaign: Campaign, layout: Layout) -> pd.DataFrame:
     """One row per combination of factor levels and arm.
 
-    Columns: the factors, the arm, its descriptors, ``n_seeds``, ``<metric>_mean`` and ``_sd`` (over seeds), the mean
+    Columns: the factors, the arm, its descriptors, ``n`` (seeds), ``<metric>_mean`` and ``_sd`` (over seeds), the mean
     of each further metric, and ``relative_reduction`` (mean over seeds of ``(control − arm) / control``) with its
     95 % paired-t interval ``_low``/``_high``, which is per arm and not adjusted for the number of arms.
 
@@ -146,12 +146,12 @@ def arm_table(campaign: Campaign, layout: Layout) -> pd.DataFrame:
     for levels, cell in rows.groupby(keys, sort=False, dropna=False):
         row: dict[Hashable, object] = dict(zip(keys, levels, strict=True))
         row |= {name: cell[name].iloc[0] for name in described}
-        row |= {"n_seeds": cell["seed"].nunique()}
+        row |= {"n": cell["seed"].nunique()}
         row |= {f"{layout.metric}_mean": cell["value"].mean(), f"{layout.metric}_sd": cell["value"].std(ddof=1)}
         row |= {f"{metric}_mean": _matching_mean(further, metric, layout, cell) for metric in layout.also}
         row |= _interval(cell[REDUCTION].dropna())
         table.append(row)
-    order = {**layout.order, layout.arm: arms}
+    order = {layout.arm: arms, **layout.order}
     frame = pd.DataFrame(table).sort_values(keys, kind="stable", key=lambda column: _ranks(column, order))
     return frame.reset_index(drop=True)
 
@@ -194,7 +194,8 @@ def _ranks(column: pd.Series[Any], order: Mapping[str, tuple[Scalar, ...]]) -> p
 
 def _by_value(level: Scalar) -> tuple[bool, float, str]:
     """Numbers before words, so that levels of both kinds can be sorted."""
-    return (False, float(level), "") if isinstance(level, int | float) else (True, 0.0, str(level))
+    numeric = isinstance(level, int | float | np.number)
+    return (False, float(level), "") if numeric else (True, 0.0, str(level))
 
 
 def _interval(reductions: pd.Series[float]) -> dict[Hashable, object]:

@@ -48,7 +48,7 @@ def short_arm_cells(campaign: Campaign, table: pd.DataFrame) -> pd.DataFrame:
     """The columns that a terminal has room for: factors that vary, arm, seeds, loss and reduction."""
     layout = layout_of(campaign.experiment)
     varying = [name for name in factors_of(campaign) if table[name].nunique(dropna=False) > 1]
-    wanted = [*varying, layout.arm, "n_seeds", f"{layout.metric} ± sd", "reduction", "95% interval"]
+    wanted = [*varying, layout.arm, "n", f"{layout.metric} ± sd", "reduction", "95% interval"]
     return arm_cells(campaign, table)[list(dict.fromkeys(wanted))]
 
 

@@ -130,6 +130,7 @@ def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> p
         case ArgBestShift(metric, along, start, end):
             rows = _with_level(of_metric(rows, metric), along)
             early, late = of_arms(rows, {"start": start, "end": end}, partial(_log10_best, along=along))
+            _require_inside(early, late, float(np.log10(rows[along].max())), along)
             return late - early
         case SpreadReduction(metric, treatment, control):
             rows = of_metric(rows, metric)
@@ -250,6 +251,15 @@ def _with_level(rows: pd.DataFrame, along: str) -> pd.DataFrame:
         levels = sorted({str(level) for level in present[along]})
         raise CannotEstimate(f"levels of {along} must be positive numbers, got {', '.join(levels)}; record them so")
     return present
+
+
+def _require_inside(early: pd.Series[float], late: pd.Series[float], end_of_grid: float, along: str) -> None:
+    """A best level at the upper end of the grid in both conditions hides its shift; the lower end is no averaging."""
+    if ((early == end_of_grid) & (late == end_of_grid)).any():
+        raise CannotEstimate(
+            f"the best {along} must lie inside the grid in one condition at least, got its upper end, "
+            f"{10**end_of_grid:g}, in both: the shift is not seen; widen the grid"
+        )
 
 
 def _log10_best(rows: pd.DataFrame, name: str, along: str) -> pd.Series[float]:

@@ -461,3 +461,13 @@ def test_selectors_are_the_arms_of_an_estimand():
     assert selectors(Ratio("m", EMA, RAW)) == [EMA, RAW]
     assert selectors(Rate("m")) == selectors(Proportion("a", "b")) == [{}]
     assert selectors(Exact(SLOPE)) == [{"arm": "mean"}]
+
+
+def test_a_best_level_at_the_upper_end_in_both_conditions_is_refused():
+    """As where the longest average is best at every length: how much longer would be better still is not seen."""
+    rows = [
+        row(1 / horizon, horizon=horizon, phase=phase) for phase in ("early", "late") for horizon in (1.0, 10.0, 100.0)
+    ]
+    assert "must lie inside the grid in one condition at least, got its upper end, 100" in refusal(SHIFT, rows)
+    raw_is_best = [{**r, "value": r["horizon"]} for r in rows]
+    assert estimate(SHIFT, raw_is_best) == {0: 0.0}

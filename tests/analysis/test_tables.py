@@ -43,7 +43,7 @@ def three_seeds(results: Path, make_record: Any, **factors: Any) -> None:
 def test_hand_worked_arm_table(tmp_path: Path, make_record: Any) -> None:
     three_seeds(tmp_path, make_record, schedule="cosine")
     table = arm_table(one_campaign(tmp_path), layout_of(NAME)).set_index("arm")
-    assert table.loc["ema", "n_seeds"] == 3
+    assert table.loc["ema", "n"] == 3
     assert table.loc["ema", "eval_loss_mean"] == pytest.approx((1.8 + 3.2 + 3.5) / 3)
     assert table.loc["ema", "relative_reduction"] == pytest.approx(0.2)
     half = 4.302652729911275 * 0.1 / 3**0.5  # t(0.975, 2 degrees of freedom) · sd / √n
