@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from forge.presets import Preset
+
 Method = Literal["full", "lora", "qlora"]
 
 TINY = "tiny-random"
@@ -208,7 +210,7 @@ def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = F
             raise UserError(
                 "--method qlora quantises pretrained weights; it needs a model with weights, not random ones"
             )
-        options = {"quantization_config": _nf4()}
+        options = {"quantization_config": _preset(method).get_bnb_config()}
     if model in _TINY_CONFIGS or random_init:
         network = AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32)
     else:
@@ -218,7 +220,7 @@ def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = F
         if loading["missing_keys"]:
             raise UserError(f"{model} lacks weights of a causal language model: {sorted(loading['missing_keys'])[0]}")
     network.config.use_cache = False
-    return network if method == "full" else _with_lora(network, "CAUSAL_LM", quantised=method == "qlora")
+    return network if method == "full" else _preset(method).prepare(network)
 
 
 def load_classifier(
@@ -253,13 +255,7 @@ def load_classifier(
         )
         _check_fresh_head(model, network, loading)
     network.config.use_cache = False
-    return network if method == "full" else _with_lora(network, "SEQ_CLS", modules_to_save=_head_modules(network))
-
-
-def _head_modules(network: nn.Module) -> list[str]:
-    """Names of the top modules with parameters that are not the base model."""
-    head = {name for name, _ in network.named_children()} - {network.base_model_prefix}
-    return sorted(name for name in head if any(True for _ in network.get_submodule(name).parameters()))
+    return network if method == "full" else _preset(method).prepare(network)
 
 
 def _check_fresh_head(model: str, network: nn.Module, loading: dict[str, Any]) -> None:
@@ -289,38 +285,13 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _with_lora(
-    network: nn.Module, task_type: str, *, quantised: bool = False, modules_to_save: list[str] | None = None
-) -> nn.Module:
-    """LoRA with r = 16, alpha = 32 on the attention projections (PEFT's own default where they are named otherwise)."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+def _preset(method: Method) -> Preset:
+    """LoRA with r = 16, alpha = 32 on the attention projections, on fp32 or on NF4 weights."""
+    from forge.presets import get_preset
 
-    names = {name.rsplit(".", 1)[-1] for name, _ in network.named_modules()}
-    projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    if quantised:
-        network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
-        for module in network.modules():
-            # On a CPU, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel without a backward
-            # pass: whatever is trained after that gets wrong gradients, silently.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    targets = sorted(projections) if projections <= names else None
-    config = LoraConfig(
-        r=16, lora_alpha=32, target_modules=targets, task_type=task_type, modules_to_save=modules_to_save
-    )
-    return get_peft_model(network, config)
-
-
-def _nf4() -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    if method == "lora":
+        return get_preset("lora")
+    return get_preset("qlora", target_modules="attention", lora_dropout=0.0, gradient_checkpointing=False)
 
 
 def _path(model: str) -> str | Path:
