@@ -361,4 +361,7 @@ def _check_same_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str,
         raise ValueError(f"the saved EMA is of other parameters: {len(differing)} differ, the first is {differing[0]}")
     for name, parameter in parameters.items():
         if parameter.shape != saved[name].shape:
-            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, the saved EMA {tuple(saved[name].shape)}")
+            raise ValueError(
+                f"{name} must have the shape of the model, {tuple(parameter.shape)}, got {tuple(saved[name].shape)} in "
+                "the saved EMA; load it into the model that it was saved from"
+            )

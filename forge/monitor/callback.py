@@ -18,7 +18,15 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from forge.monitor.gradients import GradientFinding, GradientReport, check_gradient_health, check_thresholds, describe
+from forge.monitor.gradients import (
+    GradientFinding,
+    GradientReport,
+    NoGradientsError,
+    check_gradient_health,
+    check_thresholds,
+    describe,
+    why_no_gradients,
+)
 from forge.trainer_call import trainer_call
 
 logger = logging.getLogger(__name__)
@@ -85,7 +93,7 @@ class MonitorCallback(TrainerCallback):
     Raises:
         TypeError, ValueError: at once for wrong options; at the start of training under FSDP or DeepSpeed, which shard
             gradients.
-        NoGradientsError: at the first check if nothing has a gradient.
+        NoGradientsError: at the start of training if nothing trains, at the first check if nothing has a gradient.
     """
 
     def __init__(
@@ -127,6 +135,8 @@ class MonitorCallback(TrainerCallback):
             raise ValueError(
                 "MonitorCallback needs whole gradients on every process, got FSDP or DeepSpeed; train with DDP"
             )
+        if self._check_gradients and not any(p.requires_grad for p in kw["model"].parameters()):
+            raise NoGradientsError(why_no_gradients(kw["model"]))
         self._follow(call["self"])
         self._unlogged, self._loss, self._current, self._totals = [], None, None, Counter()
         self.history.clear()

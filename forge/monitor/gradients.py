@@ -111,7 +111,7 @@ def check_gradient_health(
         )
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if not gradients:
-        raise NoGradientsError(_why_no_gradients(model))
+        raise NoGradientsError(why_no_gradients(model))
     norms = {name: norm / scale for name, norm in _norms(gradients).items()}
     kinds = {name: kind for name, norm in norms.items() if (kind := _kind(norm, vanishing_below, exploding_above))}
     return GradientReport(
@@ -198,7 +198,8 @@ def _findings(
     )
 
 
-def _why_no_gradients(model: nn.Module) -> str:
+def why_no_gradients(model: nn.Module) -> str:
+    """What to say of a model without gradients: that all of it is frozen, or that the moment is wrong."""
     trainable = sum(p.requires_grad for p in model.parameters())
     rule = "the model must have gradients, got none in"
     if not trainable:

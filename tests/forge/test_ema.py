@@ -301,7 +301,7 @@ def test_state_of_other_decays_names_or_shapes_is_refused_and_changes_nothing() 
     renamed["averages"]["0.99"]["other"] = renamed["averages"]["0.99"].pop("transformer.ln_f.bias")
     for state, message in [
         (EMAModel(model, 0.9).state_dict(), r"decays \[0.9\], this one \[0.9, 0.99\]"),
-        (reshaped, r"ln_f.bias has shape \(16,\), the saved EMA \(3,\)"),
+        (reshaped, r"ln_f.bias must have the shape of the model, \(16,\), got \(3,\) in the saved EMA; load"),
         (renamed, r"2 differ, the first is other"),
         ({"model": {}}, "must have 'averages', got .'model'."),
     ]:

@@ -426,6 +426,13 @@ def test_two_processes_decide_alike(tmp_path: Path) -> None:
     assert left["finite"]
 
 
+def test_a_model_in_which_nothing_trains_is_refused_before_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, MonitorCallback())
+    trainer.model.requires_grad_(False)
+    with pytest.raises(NoGradientsError, match="all parameters are frozen; unfreeze"):
+        trainer.train()
+
+
 def train_on_two_processes(folder: Path) -> None:
     monitor = MonitorCallback(on_unhealthy="skip")
     trainer = make_trainer(folder, monitor, poison={3: math.nan}, max_steps=4, gradient_accumulation_steps=2)
