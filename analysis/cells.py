@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from analysis.arms import REDUCTION, factors_of, layout_of
-from analysis.evidence import replicates
 from analysis.formatting import (
     ENGLISH,
     NOTHING,
@@ -54,14 +53,14 @@ def short_arm_cells(campaign: Campaign, table: pd.DataFrame) -> pd.DataFrame:
 
 def verdict_cells(verdict: Verdict, campaign: Campaign) -> list[str]:
     """One row under ``VERDICT_HEADER``."""
-    estimand, n = verdict.claim.estimand, replicates(verdict.claim, campaign)
+    estimand = verdict.claim.estimand
     return [
         verdict.claim.id,
         format_region(estimand, verdict.claim.region, ENGLISH),
         outcome_text(verdict),
         format_estimate(estimand, verdict.estimate, ENGLISH),
         format_interval(estimand, verdict.interval, ENGLISH),
-        NOTHING if n is None else str(n),
+        NOTHING if verdict.n is None else str(verdict.n),
         NOTHING if verdict.p_sign_flip is None else ENGLISH.number(verdict.p_sign_flip, 3),
         verdict.scope,
         verdict.reason,

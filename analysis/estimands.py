@@ -20,6 +20,7 @@ from analysis.rows import (
     CannotEstimate,
     at_last_step,
     last,
+    many_arms,
     named,
     of_arm,
     of_arms,
@@ -169,11 +170,15 @@ def _reduction(treatment: pd.Series[float], control: pd.Series[float], metric: s
 
 
 def _regret(rows: pd.DataFrame, metric: str, choice: Selector, rivals: tuple[Selector, ...]) -> pd.Series[float]:
-    roles = {"choice": choice} | {f"rival {i}": rival for i, rival in enumerate(rivals, start=1)}
-    chosen, *others = of_arms(rows, roles, last)
-    if not others:
+    if not rivals:
         raise CannotEstimate("a regret needs at least 1 rival, got none; name the rivals in the claim")
-    values = pd.concat(others, axis=1)
+    together = many_arms(rows, [choice, *rivals])
+    if together is not None:
+        chosen, values = together.iloc[:, 0], together.iloc[:, 1:]
+    else:
+        roles = {"choice": choice} | {f"rival {i}": rival for i, rival in enumerate(rivals, start=1)}
+        chosen, *others = of_arms(rows, roles, last)
+        values = pd.concat(others, axis=1)
     positive(values.min(axis=1), f"{metric} of the best rival")
     return _series(formulas.regret(_array(chosen), _array(values)), chosen)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from analysis.estimands import CannotEstimate, per_seed_values, successes
 from analysis.estimands import selectors as selectors
 from analysis.load import Campaign, agrees
 from analysis.verdicts import NOT_MEASURED, Verdict, judge_campaign
-from experiments.harness.claims import Claim, Proportion, Rate
+from experiments.harness.claims import Claim
 from experiments.harness.experiment import Experiment
 from experiments.harness.record import TrialSpec
 
@@ -27,11 +26,6 @@ class Evidence:
 
     campaign: Campaign
     verdict: Verdict
-
-    @property
-    def n(self) -> int | None:
-        """Replicates of the estimate, see ``replicates``; None where there is no estimate."""
-        return replicates(self.verdict.claim, self.campaign)
 
 
 @dataclass(frozen=True)
@@ -95,13 +89,3 @@ def planned(claim: Claim, plan: Sequence[TrialSpec]) -> bool:
         any(agrees(spec.factors, {**claim.estimand.where, **selector}) for spec in plan)
         for selector in selectors(claim.estimand)
     )
-
-
-def replicates(claim: Claim, campaign: Campaign) -> int | None:
-    """What an estimate counts: seeds, trials for an exact ratio, attempts for a probability; None without estimate."""
-    try:
-        if isinstance(claim.estimand, Rate | Proportion):
-            return successes(claim.estimand, campaign.observations)[1]
-        return int(per_seed_values(claim.estimand, campaign.observations).size)
-    except CannotEstimate:
-        return None

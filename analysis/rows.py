@@ -6,7 +6,7 @@ value that was received and the fix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -58,6 +58,25 @@ def of_arm(rows: pd.DataFrame, selector: Selector, name: str) -> pd.DataFrame:
     if selected.empty:
         raise CannotEstimate(f"every arm needs observations, got none for {name}; correct the selector or run it")
     return selected
+
+
+def many_arms(rows: pd.DataFrame, selectors: Sequence[Selector]) -> pd.DataFrame | None:
+    """What ``last`` reads of many arms at once: values by seed (rows) and arm (columns), for selectors of equal keys.
+
+    None where the keys differ, or an arm or a value is missing, repeated or not finite: reading arm by arm then says
+    what is wrong. (Dozens of rivals, one by one, take a second.)
+    """
+    keys = list(selectors[0]) if selectors else []
+    if not keys or any(list(selector) != keys for selector in selectors) or not set(keys) <= set(rows.columns):
+        return None
+    values = at_last_step(rows[["trial_id", "seed", "step", "value", *keys]].dropna(subset=keys), *keys)
+    if values.duplicated(["seed", *keys]).any():
+        return None
+    by_arm = values.set_index(["seed", *keys])["value"].unstack(keys)
+    arms = [tuple(selector.values()) if len(keys) > 1 else selector[keys[0]] for selector in selectors]
+    if not set(arms) <= set(by_arm.columns) or not np.isfinite(by_arm[arms].to_numpy()).all():
+        return None
+    return by_arm[arms]
 
 
 def require_same(unit: str, arms: Mapping[str, pd.Series[float]]) -> None:

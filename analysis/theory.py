@@ -186,7 +186,7 @@ def _row(finding: Finding) -> list[str]:
         true_if,
         format_estimate(claim.estimand, verdict.estimate, RUSSIAN),
         format_interval(claim.estimand, verdict.interval, RUSSIAN),
-        NOTHING if evidence.n is None else str(evidence.n),
+        NOTHING if verdict.n is None else str(verdict.n),
         evidence.verdict.scope,
     ]
 

@@ -71,6 +71,8 @@ class Verdict:
     estimate: float | None
     interval: tuple[float, float] | None
     """Simultaneous over the claims of the experiment; for an exact estimand the range over trials."""
+    n: int | None
+    """What the estimate counts: seeds, trials of an exact value or a rate, attempts of a proportion."""
     n_ok: int
     """Trials that succeeded."""
     n_planned: int
@@ -151,6 +153,7 @@ def _judge(claim: Claim, campaign: Campaign, observations: pd.DataFrame, n_sampl
         outcome="insufficient" if lack else finding.outcome,
         estimate=None if estimate is None else estimate.value,
         interval=None if estimate is None else (estimate.low, estimate.high),
+        n=None if estimate is None else estimate.n,
         n_ok=len(_ok_ids(campaign)),
         n_planned=campaign.n_planned,
         scope=campaign.scope_of(claim.estimand.where),

@@ -471,3 +471,18 @@ def test_a_best_level_at_the_upper_end_in_both_conditions_is_refused():
     assert "must lie inside the grid in one condition at least, got its upper end, 100" in refusal(SHIFT, rows)
     raw_is_best = [{**r, "value": r["horizon"]} for r in rows]
     assert estimate(SHIFT, raw_is_best) == {0: 0.0}
+
+
+def test_many_rivals_read_together_give_what_they_give_one_by_one():
+    rows = [
+        row(value, seed=seed, decay=decay, kind="ema", step=step)
+        for decay, values in ((0.9, (2.0, 2.0)), (0.99, (2.5, 1.6)), (0.999, (2.2, 1.5)))
+        for seed, value in enumerate(values)
+        for step in (50, 100)
+    ]
+    together = Regret("eval_loss", {"decay": 0.999}, ({"decay": 0.9}, {"decay": 0.99}))
+    apart = Regret("eval_loss", {"decay": 0.999}, ({"decay": 0.9, "kind": "ema"}, {"decay": 0.99}))
+    assert estimate(together, rows) == estimate(apart, rows)
+    assert "rival 2 {decay=0.5}" in refusal(
+        Regret("eval_loss", {"decay": 0.9}, ({"decay": 0.99}, {"decay": 0.5})), rows
+    )
