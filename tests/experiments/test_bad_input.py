@@ -31,7 +31,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
 def test_unknown_experiment(refused):
     line = refused("ema_ablaton", whole=True)
-    assert line.startswith("unknown experiment 'ema_ablaton'; did you mean ema_ablation?")
+    assert line.startswith("unknown experiment 'ema_ablaton'; did you mean ema_ablation")
 
 
 def test_unknown_scale(refused):
