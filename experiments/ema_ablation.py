@@ -330,10 +330,7 @@ def _checks(
     if track.method == "qlora":
         quantised = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
         pairs["quantised_modules_present"] = (True, quantised > 0)
-    return [
-        ManipulationCheck(name=name, expected=str(want), observed=str(got), passed=want == got)
-        for name, (want, got) in pairs.items()
-    ]
+    return ManipulationCheck.each(**pairs)
 
 
 _LOSS, _RAW, _OPTIMAL = EVAL_LOSS.name, {"arm": "raw"}, {"arm": "ema_optimal"}

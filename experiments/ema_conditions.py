@@ -249,10 +249,7 @@ def _checks(
         "losses_recorded": (losses, len(measured.observations) if losses else 0),
         "little_data": (small, isinstance(run, Cells) and sequences <= run.small_data_blocks),
     }
-    return [
-        ManipulationCheck(name=name, expected=str(want), observed=str(got), passed=want == got)
-        for name, (want, got) in pairs.items()
-    ]
+    return ManipulationCheck.each(**pairs)
 
 
 _WORDS = {"constant": "постоянный learning rate", "cosine": "cosine до нуля"}

@@ -165,15 +165,11 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     _observe(measurements, fault, begins, settings.steps, list(monitor.history))
     if fault in SEPARATED:
         _observe_separation(measurements, norms, begins, settings.steps)
-    pairs = {
-        "checks": (settings.steps, len(monitor.history)),
-        "fault_injected": (True, injected.done),
-        "optimizer_steps": (settings.steps, outcome.trainer.state.global_step),
-    }
-    measurements.checks = [
-        ManipulationCheck(name=name, expected=str(want), observed=str(got), passed=want == got)
-        for name, (want, got) in pairs.items()
-    ]
+    measurements.checks = ManipulationCheck.each(
+        checks=(settings.steps, len(monitor.history)),
+        fault_injected=(True, injected.done),
+        optimizer_steps=(settings.steps, outcome.trainer.state.global_step),
+    )
     measurements.seconds = {"training": outcome.training_sec, "evaluation": outcome.evaluation_sec}
     measurements.seconds["overhead"] = max(0.0, time.monotonic() - began - sum(measurements.seconds.values()))
     return measurements

@@ -215,7 +215,7 @@ def _exact_rates(world: Quadratic, settings: Settings, context: TrialContext, in
     last, closed = moments[settings.steps].squared_error[0, 0], _closed_form(world, settings)
     agree = abs(last - closed) <= 1e-9 * closed
     into.checks = [
-        _check("recorded_steps", len(record_at), len(moments)),
+        *ManipulationCheck.each(recorded_steps=(len(record_at), len(moments))),
         ManipulationCheck(
             name="constant_step_closed_form", expected=f"{closed:.9g}", observed=f"{last:.9g}", passed=agree
         ),
@@ -253,7 +253,9 @@ def _chain_rates(world: Stream, settings: Settings, seed: int, context: TrialCon
                     ratio = float(at.squared_error[s, k]) * step / world.cramer_rao
                     into.observations.append(Observation.of(OVER_BOUND, ratio, step, **where, **conditions))
     finite = all(np.isfinite(at.squared_error).all() for at in errors.values())
-    into.checks = [_check("recorded_steps", len(record_at), len(errors)), _check("errors_are_finite", True, finite)]
+    into.checks = ManipulationCheck.each(
+        recorded_steps=(len(record_at), len(errors)), errors_are_finite=(True, bool(finite))
+    )
 
 
 def _decays(world: Quadratic, settings: Settings, context: TrialContext, into: Measurements) -> None:
@@ -285,7 +287,7 @@ def _decays(world: Quadratic, settings: Settings, context: TrialContext, into: M
                     value = float(at.excess_loss[0, k])
                     into.observations.append(Observation.of(EXCESS_LOSS, value, length, arm=arm, **where))
     arms = 1 + len(_grid(settings.decays_per_decade)) + len(GUIDE) + 1
-    into.checks = [_check("recorded_arms", 2 * 2 * len(settings.lengths) * arms, len(into.observations))]
+    into.checks = ManipulationCheck.each(recorded_arms=(2 * 2 * len(settings.lengths) * arms, len(into.observations)))
 
 
 def _decay_grid(settings: Settings, *, bias_corrected: bool) -> list[Average]:
@@ -306,10 +308,6 @@ def _grid(per_decade: int) -> list[tuple[str, float]]:
     """β = 1 − 10^(−i / per_decade) from 10^-0.5 to 10^-6."""
     first, last = round(0.5 * per_decade), 6 * per_decade
     return [(f"grid_{i}", 1 - 10 ** (-i / per_decade)) for i in range(first, last + 1)]
-
-
-def _check(name: str, expected: object, observed: object) -> ManipulationCheck:
-    return ManipulationCheck(name=name, expected=str(expected), observed=str(observed), passed=expected == observed)
 
 
 _AS_ROOT, _AS_INVERSE, _AS_SQUARE = Region(-0.6, -0.4), Region(-1.1, -0.9), Region(-2.1, -1.9)

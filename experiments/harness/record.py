@@ -97,6 +97,14 @@ class ManipulationCheck(BaseModel):
     observed: str
     passed: bool
 
+    @classmethod
+    def each(cls, **pairs: tuple[object, object]) -> list[ManipulationCheck]:
+        """One check per name, of (expected, observed): passed where they are equal."""
+        return [
+            cls(name=name, expected=str(want), observed=str(got), passed=want == got)
+            for name, (want, got) in pairs.items()
+        ]
+
 
 @dataclass
 class Measurements:
