@@ -138,7 +138,8 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
     if options.dry_run:
         return 0
     if missing:
-        _check_writable(options.results)
+        _check_writable(options.results, "results")
+        _check_writable(options.runs, "runs")
         _fetch_weights(specs)
         deadline = None if seconds is None else time.time() + seconds
         if WRONG_INPUT in _run_workers(specs, records, options, deadline, console):
@@ -188,15 +189,16 @@ def _fetch_weights(specs: Sequence[TrialSpec]) -> None:
         ensure_embedded(model)
 
 
-def _check_writable(results: Path) -> None:
+def _check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be made or written, leaving nothing behind."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     try:
-        results.mkdir(parents=True, exist_ok=True)
-        probe = results / f".probe-{os.getpid()}"
+        probe = existing / f".probe-{os.getpid()}"
         probe.write_text("x" * 4096)
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"the results folder {results} cannot be written ({error.strerror}); choose another with --results"
+            f"the {option} folder {folder} cannot be written ({error.strerror}); choose another with --{option}"
         ) from error
 
 

@@ -104,6 +104,10 @@ def run_worker(config: WorkerConfig) -> None:
     except UserError as error:  # wrong input that only a trial could notice is no outcome of the trial
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
+    except OSError as error:  # of a record or a checkpoint, such as a full disk: the trial has none and runs again
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: a file cannot be written ({error.strerror}{where}); make room and run it again", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
 
 
 def _quieten_libraries() -> None:

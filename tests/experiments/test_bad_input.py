@@ -141,10 +141,16 @@ def test_a_full_disk_is_noticed_before_anything_is_run(refused, tmp_path, monkey
     assert "cannot be written (No space left on device)" in refused("--results", tmp_path / "results")
 
 
-@pytest.mark.parametrize("arguments", [["--runs", "/dev/null/x"], ["--storage", "foo://x"]], ids=" ".join)
-def test_a_queue_that_cannot_be_opened(refused, tmp_path, arguments):
-    assert "cannot be opened" in refused(*arguments, "--results", tmp_path / "results")
+def test_a_queue_that_cannot_be_opened(refused, tmp_path):
+    assert "cannot be opened" in refused("--storage", "foo://x", "--results", tmp_path / "results")
     assert not list((tmp_path / "results").rglob("*.json"))
+
+
+def test_a_runs_folder_that_cannot_be_written_leaves_no_results_folder(refused, tmp_path):
+    assert "the runs folder /dev/null/x cannot be written" in refused(
+        "--runs", "/dev/null/x", "--results", tmp_path / "results"
+    )
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
