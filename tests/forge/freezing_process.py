@@ -63,3 +63,4 @@ if __name__ == "__main__":
         {"activation_checkpointing": True, "ddp_find_unused_parameters": True} if "checkpointing" in sys.argv else {}
     )
     train(Path(sys.argv[1]), int(sys.argv[2]), **extra)
+    torch.distributed.destroy_process_group()  # or the process that ends first may take the other with it
