@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 
-import pytest
-
 
 def observed(record):
     """What must not depend on interruptions: everything measured but clocks."""
