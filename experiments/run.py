@@ -255,6 +255,8 @@ def _run_workers(
     storage = options.storage or f"sqlite:///{options.runs / 'queue.db'}"
     enqueue(open_study(storage, specs[0]), specs, set(records))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    spawn = multiprocessing.get_context("spawn")
+    stopping = spawn.Event()
     config = WorkerConfig(
         specs=tuple(specs),
         storage=storage,
@@ -264,13 +266,19 @@ def _run_workers(
         deadline=deadline,
         threads=max(1, cores // options.workers),
         parent=os.getpid(),
+        stopping=stopping,
     )
-    spawn = multiprocessing.get_context("spawn")
     workers = [spawn.Process(target=run_worker, args=(config,)) for _ in range(options.workers)]
     for worker in workers:
         worker.start()
-    # Ctrl-C reaches the whole process group: each worker checkpoints and ends, and the parent waits for them.
-    signal.signal(signal.SIGINT, lambda *_: console.print("stopping: writing checkpoints (Ctrl-C again to abort)"))
+
+    # Ctrl-C reaches the whole process group, `kill -INT` the parent alone: each worker checkpoints and ends in both
+    # cases, and the parent waits for them.
+    def stop(*_: object) -> None:
+        stopping.set()
+        console.print("stopping: writing checkpoints (Ctrl-C again to abort)")
+
+    signal.signal(signal.SIGINT, stop)
     try:
         Progress(specs, options.results, options.runs).follow(console, lambda: any(w.is_alive() for w in workers))
     finally:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
 
@@ -40,6 +41,8 @@ class WorkerConfig:
     threads: int | None
     parent: int
     """Process id; a worker whose parent is gone stops."""
+    stopping: Event
+    """Set when the parent was asked to stop, which a signal to it alone does not tell the workers."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ def run_worker(config: WorkerConfig) -> None:
 
     def should_stop() -> bool:
         overdue = config.deadline is not None and time.time() >= config.deadline
-        return stop.requested or overdue or os.getppid() != config.parent
+        return stop.requested or config.stopping.is_set() or overdue or os.getppid() != config.parent
 
     import torch
 

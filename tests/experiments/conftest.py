@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,7 +136,9 @@ def inline_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Call
             return None
 
     monkeypatch.setattr(
-        experiments.run, "multiprocessing", SimpleNamespace(get_context=lambda _: SimpleNamespace(Process=Inline))
+        experiments.run,
+        "multiprocessing",
+        SimpleNamespace(get_context=lambda _: SimpleNamespace(Process=Inline, Event=threading.Event)),
     )
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()

@@ -54,6 +54,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path, small):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_of_the_parent_alone_reaches_its_workers(long, start_cli, wait_for_step, tmp_path):
+    process = start_cli(*long, "--results", tmp_path / "results", "--runs", tmp_path / "runs")
+    wait_for_step(tmp_path / "runs", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=200) == 3, (tmp_path / "log-0").read_text()
+    assert list((tmp_path / "runs").glob("ema_ablation/*/checkpoints/checkpoint-*/forge_complete"))
+
+
 def test_ctrl_c_keeps_everything_and_the_next_call_ends_as_if_it_had_not_been(
     finished, long, start_cli, wait_for_step, cli, tmp_path, read_all
 ):
