@@ -155,13 +155,11 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
     del shared["seeds"], shared["schedules"]
     tracks = {"main": settings.main, "length": settings.length}
     return [
-        TrialSpec(
-            experiment=EXPERIMENT.name,
-            version=EXPERIMENT.version,
-            scale=scale,
-            seed=seed,
-            factors={"track": name, "schedule": schedule, "steps": steps},
-            settings={**shared, "model": settings.main.model, "dataset": settings.main.dataset},
+        EXPERIMENT.spec(
+            scale,
+            seed,
+            {"track": name, "schedule": schedule, "steps": steps},
+            {**shared, "model": settings.main.model, "dataset": settings.main.dataset},
         )
         for seed in range(settings.seeds)
         for name, track in tracks.items()

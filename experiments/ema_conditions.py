@@ -132,14 +132,7 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
     cells = [("cells", condition) for condition in CONDITIONS]
     cells += [(name, "base") for name in ("generative", "classifier") if shared[name] is not None]
     return [
-        TrialSpec(
-            experiment=EXPERIMENT.name,
-            version=EXPERIMENT.version,
-            scale=scale,
-            seed=seed,
-            factors={"track": track, "condition": condition, "schedule": schedule},
-            settings=shared,
-        )
+        EXPERIMENT.spec(scale, seed, {"track": track, "condition": condition, "schedule": schedule}, shared)
         for seed in range(settings.seeds)
         for track, condition in cells
         for schedule in SCHEDULES

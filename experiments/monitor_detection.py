@@ -99,16 +99,7 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
     """Fault × seed; seed by seed, so that an early stop leaves whole groups."""
     shared = {key: value for key, value in dataclasses.asdict(settings).items() if key != "seeds"}
     return [
-        TrialSpec(
-            experiment=EXPERIMENT.name,
-            version=EXPERIMENT.version,
-            scale=scale,
-            seed=seed,
-            factors={"fault": fault},
-            settings=shared,
-        )
-        for seed in range(settings.seeds)
-        for fault in FAULTS
+        EXPERIMENT.spec(scale, seed, {"fault": fault}, shared) for seed in range(settings.seeds) for fault in FAULTS
     ]
 
 

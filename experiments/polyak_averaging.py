@@ -105,14 +105,7 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
     ]
     streams = [(seed, {"track": "rates", "world": world}) for seed in range(settings.seeds) for world in STREAMS]
     return [
-        TrialSpec(
-            experiment=EXPERIMENT.name,
-            version=EXPERIMENT.version,
-            scale=scale,
-            seed=seed,
-            factors=factors,
-            settings={key: value for key, value in asdict(settings).items() if key != "seeds"},
-        )
+        EXPERIMENT.spec(scale, seed, factors, {key: value for key, value in asdict(settings).items() if key != "seeds"})
         for seed, factors in [*((0, factors) for factors in quadratics), *streams]
     ]
 

@@ -97,14 +97,7 @@ COST = {
 def trials(settings: Settings, scale: str) -> list[TrialSpec]:
     """Estimand × distribution; one seed draws everything."""
     return [
-        TrialSpec(
-            experiment=EXPERIMENT.name,
-            version=EXPERIMENT.version,
-            scale=scale,
-            seed=0,
-            factors={"estimand": estimand, "outcomes": outcomes},
-            settings=asdict(settings),
-        )
+        EXPERIMENT.spec(scale, 0, {"estimand": estimand, "outcomes": outcomes}, asdict(settings))
         for estimand in ESTIMAND_WORDS
         for outcomes in OUTCOME_WORDS
     ]

@@ -65,6 +65,12 @@ class Experiment:
     cost: dict[str, str]
     """What each scale costs, in words, for the list: ``{"laptop": "12 min on 2 cores"}``."""
 
+    def spec(self, scale: str, seed: int, factors: dict[str, Any], settings: dict[str, Any]) -> TrialSpec:
+        """One trial of this experiment, for ``trials``."""
+        return TrialSpec(
+            experiment=self.name, version=self.version, scale=scale, seed=seed, factors=factors, settings=settings
+        )
+
     def __post_init__(self) -> None:
         ids = [claim.id for claim in self.claims]
         repeated = sorted({i for i in ids if ids.count(i) > 1})
