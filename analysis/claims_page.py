@@ -45,7 +45,7 @@ SENTENCES = (
     Sentence("000", 17, "θ_ema(t) = β × θ_ema(t-1) + (1-β) × θ(t)", kind="definition"),
     Sentence("000", 21, "Стандартный SGD сходится как O(1/√t)", ("sgd-root-rate-*",)),
     Sentence("000", 22, "SGD с Polyak averaging сходится как O(1/t)", ("polyak-rate-*",)),
-    Sentence("000", 25, "SGD «прыгает» вокруг оптимума из-за шума градиентов", ("sgd-root-rate-quadratic-constant",)),
+    Sentence("000", 25, "SGD «прыгает» вокруг оптимума из-за шума градиентов"),
     Sentence("000", 26, "EMA усредняет эти колебания", ("ema-reduces-spread-*",)),
     Sentence("000", 27, "Меньшая дисперсия → лучшая generalization", ("ema-optimal-lowers-loss-*",)),
     Sentence("000", 32, "Variance: O(σ²/t) без EMA, O(σ²/t²) с EMA", ("variance-*",)),
@@ -69,7 +69,7 @@ SENTENCES = (
     Sentence("003", 9, "EMA поддерживает сглаженную версию весов модели", kind="definition"),
     Sentence("003", 15, "EMA веса обычно дают лучшее качество на eval, чем финальные", ("ema-*-lowers-loss-*",)),
     Sentence("003", 23, "Веса «прыгают» между batch'ами: EMA усредняет изменения", ("ema-reduces-spread-*",)),
-    Sentence("003", 24, "Шум в градиентах: сглаживание убирает шум", ("ema-rate-*", "variance-ema-*")),
+    Sentence("003", 24, "Шум в градиентах: сглаживание убирает шум", ("ema-reduces-spread-*",)),
     Sentence("003", 25, "Последний batch был плохой: EMA помнит всю историю"),
     Sentence("003", 27, "Типичное улучшение: +1–3 % на eval метриках", ("ema-*-lowers-loss-*",)),
     Sentence("003", 104, "~1 000 шагов: 0.99", ("ema-0.99-best-at-1000-*", "guide-decay-0.99-*")),
@@ -119,7 +119,7 @@ def page(findings: Sequence[Finding]) -> str:
             "Written by `python -m analysis.claims_page` from the experiments and `results/`; do not edit.",
             f"{len(SENTENCES)} sentences of the sources on averaging and monitoring: "
             f"{judged} are judged by claims, {neither} assert nothing that an experiment could decide, "
-            f"**{len(unclaimed)} have no claim yet**. "
+            f"**{len(unclaimed)} without a claim yet**. "
             f"{len(findings)} claims: {len(findings) - len(pending)} have evidence, **{len(pending)} are open**.",
             "## Sentences",
             "A sentence without conditions may be true under some and false under others: all its claims count.",

@@ -43,7 +43,7 @@ OUTCOMES = {
     "insufficient": ("🟡", "🟡 **Недостаточно данных**", "недостаточно данных"),
 }
 HEADER = ("Статус", "Утверждение", "Условие", "Верно, если", "Оценка", "Интервал 95 %", "n", "Область")
-LINE_BREAK = "<br>"
+AS_ABOVE = "″"
 NOTE = (
     "Интервалы одновременные (95 % на все утверждения эксперимента вместе); у точных величин — размах по запускам. "
     "n — число сидов (у точных величин — запусков)."
@@ -159,22 +159,23 @@ def _section(section: Section, findings: Sequence[Finding], root: Path) -> str:
 
 
 def _experiment(findings: Sequence[Finding]) -> str:
-    """The claims that one experiment tests, under its name; a sentence has one row, with a line for each condition."""
+    """The claims that one experiment tests, under its name; a sentence is written once, above all its conditions."""
     right = [name in ("Верно, если", "Оценка", "Интервал 95 %", "n") for name in HEADER]
-    sentences = groupby(map(_row, findings), key=lambda row: row[HEADER.index("Утверждение")])
-    rows = [[_lines(cells) for cells in zip(*group, strict=True)] for _, group in sentences]
+    rows = [
+        _row(finding, AS_ABOVE if index else _sentence(finding.claim))
+        for _, conditions in groupby(findings, key=lambda finding: _sentence(finding.claim))
+        for index, finding in enumerate(conditions)
+    ]
     table = markdown_table(HEADER, rows, right, padded=False)
     return f"**Эксперимент {_link(findings[0].experiment)}**\n\n{table}\n\n{_sources(findings)}".rstrip()
 
 
-def _lines(cells: Sequence[str]) -> str:
-    """One line per condition, or one for all where they say the same."""
-    return cells[0] if len(set(cells)) == 1 else LINE_BREAK.join(cells)
+def _sentence(claim: Claim) -> str:
+    return f"{claim.statement} *({claim.source})*"
 
 
-def _row(finding: Finding) -> list[str]:
+def _row(finding: Finding, statement: str) -> list[str]:
     claim, evidence = finding.claim, finding.evidence
-    statement = f"{claim.statement} *({claim.source})*"
     condition, true_if = claim.condition or NOTHING, format_region(claim.estimand, claim.region, RUSSIAN)
     if evidence is None:
         return [PENDING, statement, condition, true_if, *[NOTHING] * 4]

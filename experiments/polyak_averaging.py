@@ -336,8 +336,8 @@ def _slope_claims(world: str, schedule: str) -> list[Claim]:
         slope = LogLogSlope(metric, {"arm": arm}, where, min_forgetting=forgetting)
         estimand: Estimand = Exact(slope) if world == "quadratic" else slope
         name = f"{id}-{world}-{_SLUG[schedule]}".replace("_", "-")
-        condition = f"{_WORLD_WORDS[world]}; {_WORDS[schedule]}"
-        return Claim(name, statement, "ema", source, estimand, region, condition=condition)
+        told = f"{statement} ({_WORLD_WORDS[world]})"
+        return Claim(name, told, "ema", source, estimand, region, condition=_WORDS[schedule])
 
     root = "Стандартный SGD сходится как O(1/√t), порядок точный"
     inverse = "SGD с Polyak averaging сходится как O(1/t), порядок точный"
