@@ -52,6 +52,13 @@ LAYOUTS: dict[str, Layout] = {
         also=(),
         order={"track": ("cells",), "condition": ("base",), "schedule": ("constant", "cosine")},
     ),
+    "freeze_ratio": Layout(
+        also=("perplexity", "other_domain_loss", "accuracy", "macro_f1"),
+        where={"measure": "quality", "split": "test", "arm": "trained"},
+        arm="frozen",
+        control="lower_0",
+        order={"track": ("language_modelling",), "method": ("full", "lora"), "frozen": ("lower_0", "lower_25")},
+    ),
     "monitor_detection": Layout(
         metric="detected",
         also=("detected_at_once", "detection_delay_steps"),

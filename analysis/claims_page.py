@@ -29,7 +29,7 @@ Kind = Literal["definition", "history", "advice", "tested"]
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a source document on averaging or on monitoring."""
+    """A sentence of a source document on averaging, freezing, memory or monitoring."""
 
     seed: str
     line: int
@@ -52,6 +52,38 @@ SENTENCES = (
     Sentence("000", 33, "Convergence: O(1/√t) без EMA, O(1/t) с EMA", ("sgd-root-rate-*", "ema-rate-*")),
     Sentence("000", 41, "SOTA-модели, использующие EMA", kind="history"),
     Sentence("000", 50, "Ожидаемое улучшение: +1–3 % на eval метриках", ("ema-*-lowers-loss-*",)),
+    Sentence("000", 69, "Нижние слои содержат более общие представления", ("freeze-lower-beats-upper-*",)),
+    Sentence("000", 72, "Clark et al. (2019), Kovaleva et al. (2019), Guo et al. (2023)", kind="history"),
+    Sentence("000", 77, "Нижние слои уже хорошо обучены на pretrain", ("freeze-lower-beats-upper-*",)),
+    Sentence(
+        "000",
+        78,
+        "Заморозка предотвращает «catastrophic forgetting»",
+        ("finetuning-forgets-*", "freeze-*-forgets-less-*"),
+    ),
+    Sentence("000", 79, "Меньше параметров = меньше памяти на градиенты", ("freeze-*-saves-gradient-*",)),
+    Sentence("000", 84, "LP-LoRA: экономия 50 % памяти на градиенты", ("lp-lora-50-saves-*",)),
+    Sentence(
+        "000",
+        89,
+        "25 % заморозки: 25 % градиентов и optimizer",
+        ("freeze-25-saves-gradient-*", "freeze-25-saves-optimizer-*"),
+    ),
+    Sentence(
+        "000",
+        90,
+        "50 % заморозки: 50 % градиентов и optimizer",
+        ("freeze-50-saves-gradient-*", "freeze-50-saves-optimizer-*"),
+    ),
+    Sentence(
+        "000",
+        91,
+        "75 % заморозки: 75 % градиентов и optimizer",
+        ("freeze-75-saves-gradient-*", "freeze-75-saves-optimizer-*"),
+    ),
+    Sentence("000", 102, "Memory profiling: 0 % vs 50 % vs 75 % frozen", ("freeze-*-saves-peak-memory-*",)),
+    Sentence("000", 103, "Quality comparison: frozen vs full fine-tuning", ("freeze-*-same-quality-*",)),
+    Sentence("000", 104, "Optimal freeze ratio для разных задач", ("freeze-best-share-differs-*",)),
     Sentence("000", 155, "Мониторинг для раннего обнаружения проблем", ("monitor-detects-at-once-*",)),
     Sentence(
         "000",
@@ -61,11 +93,12 @@ SENTENCES = (
     ),
     Sentence("000", 159, "Exploding gradients: norm > 1e3", ("monitor-detects-high-lr",)),
     Sentence("000", 160, "NaN/Inf: критическая ошибка", ("monitor-detects-nan-batch", "monitor-detects-fp16-overflow")),
-    Sentence("000", 163, "Parameters: 4 bytes × num_params (FP32) или 2 bytes (FP16)", kind="tested"),
-    Sentence("000", 164, "Gradients: такой же размер, как parameters (для trainable)", kind="tested"),
-    Sentence("000", 165, "Optimizer: 2x gradients для Adam/AdamW", kind="tested"),
+    Sentence("000", 163, "Parameters: 4 bytes × num_params (FP32) или 2 bytes (FP16)", ("seed-formula-near-peak-*",)),
+    Sentence("000", 164, "Gradients: такой же размер, как parameters (для trainable)", ("seed-formula-near-peak-*",)),
+    Sentence("000", 165, "Optimizer: 2x gradients для Adam/AdamW", ("seed-formula-near-peak-*",)),
     Sentence("000", 173, "Unit тесты на gradient detection", kind="tested"),
     Sentence("000", 174, "Real-world monitoring во время обучения", ("monitor-quiet-*",)),
+    Sentence("001", 299, "Замораживайте слои: LP-LoRA даёт хорошие результаты", ("freeze-*-same-quality-*-lora",)),
     Sentence("003", 9, "EMA поддерживает сглаженную версию весов модели", kind="definition"),
     Sentence("003", 15, "EMA веса обычно дают лучшее качество на eval, чем финальные", ("ema-*-lowers-loss-*",)),
     Sentence("003", 23, "Веса «прыгают» между batch'ами: EMA усредняет изменения", ("ema-reduces-spread-*",)),
@@ -117,7 +150,7 @@ def page(findings: Sequence[Finding]) -> str:
         [
             "# Claims",
             "Written by `python -m analysis.claims_page` from the experiments and `results/`; do not edit.",
-            f"{len(SENTENCES)} sentences of the sources on averaging and monitoring: "
+            f"{len(SENTENCES)} sentences of the sources on averaging, freezing, memory and monitoring: "
             f"{judged} are judged by claims, {neither} assert nothing that an experiment could decide, "
             f"**{len(unclaimed)} without a claim yet**. "
             f"{len(findings)} claims: {len(findings) - len(pending)} have evidence, **{len(pending)} are open**.",

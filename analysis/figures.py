@@ -8,7 +8,6 @@ them.
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import sys
@@ -34,7 +33,7 @@ from analysis.formatting import ENGLISH
 from analysis.load import Campaign, load_campaigns
 from analysis.rates import draw_rates
 from analysis.style import CLAIMED, HUES, INK, MARKERS, MUTED, STYLE
-from analysis.tables import RESULTS, experiments_with_results
+from analysis.tables import experiments_with_results, options_of
 from experiments.harness.experiment import UserError, experiment_names, load_experiment
 
 LOW, HIGH = f"{REDUCTION}_low", f"{REDUCTION}_high"
@@ -253,15 +252,11 @@ def _suffix(campaign: Campaign) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: writes the figures of one experiment or of all."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.figures", description="Figures from the records.")
-    parser.add_argument("experiment", nargs="?", help="name of one experiment; all by default")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--out", type=Path, help="folder of the figures (default: RESULTS/figures)")
-    options = parser.parse_args(argv)
+    options = options_of("figures", argv)
     try:
         names = experiments_with_results(options.results, options.experiment)
         for name in names:
-            paths = write_figures(name, options.results, options.out or options.results / "figures")
+            paths = write_figures(name, options.results, options.out)
             print("\n".join(map(str, paths)) or f"{name}: no evidence yet, or no figure is declared in FIGURES")
     except (UserError, CannotEstimate) as error:
         print(error, file=sys.stderr)

@@ -150,6 +150,19 @@ def as_markdown(cells: pd.DataFrame) -> str:
     return markdown_table(list(cells.columns), rows, [is_numeric(cells[name]) for name in cells.columns])
 
 
+def options_of(artefacts: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options of a command line that writes artefacts (``tables``, ``figures``) from the records."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m analysis.{artefacts}", description=f"{artefacts.capitalize()} from the records."
+    )
+    parser.add_argument("experiment", nargs="?", help="name of one experiment; all by default")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--out", type=Path, help=f"folder of the {artefacts} (default: RESULTS/{artefacts})")
+    options = parser.parse_args(argv)
+    options.out = options.out or options.results / artefacts
+    return options
+
+
 def experiments_with_results(results: Path, wanted: str | None) -> list[str]:
     """Names of the experiments that have records, or the one that is wanted.
 
@@ -242,11 +255,7 @@ def _tex(text: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: writes the tables of one experiment or of all."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.tables", description="Tables from the records.")
-    parser.add_argument("experiment", nargs="?", help="name of one experiment; all by default")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--out", type=Path, help="folder of the tables (default: RESULTS/tables)")
-    options = parser.parse_args(argv)
+    options = options_of("tables", argv)
     try:
         names = experiments_with_results(options.results, options.experiment)
     except UserError as error:
@@ -255,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in load_campaigns(options.results, options.experiment)[1]:
         print(problem, file=sys.stderr)
     for name in names:
-        paths = write_tables(name, options.results, options.out or options.results / "tables")
+        paths = write_tables(name, options.results, options.out)
         print("\n".join(map(str, paths)) or f"{name}: no evidence yet")
     return 0
 

@@ -82,6 +82,9 @@ SECTIONS = {
         "tests/forge/test_monitor.py",
         tested="Unit тесты на gradient detection",
     ),
+    "memory": Section(
+        "Memory Estimation", "✅ Арифметика", "Предсказание рядом с измеренным пиком", "tests/forge/test_memory.py"
+    ),
     "engine": Section(
         "Verdict engine", "—", "Частота ложных выводов там, где правда известна", "tests/analysis/test_verdicts.py"
     ),

@@ -213,18 +213,11 @@ def _steps(spec: TrialSpec) -> int:
 
 
 def _plan(spec: TrialSpec, track: Track) -> TrainingPlan:
-    from experiments.harness.training import TrainingPlan
-
     steps = _steps(spec)
-    return TrainingPlan(
-        steps=steps,
-        batch_size=track.batch_size,
-        learning_rate=track.learning_rate,
-        schedule=str(spec.factors["schedule"]),
-        warmup_ratio=track.warmup_ratio,
-        weight_decay=track.weight_decay,
-        precision=track.precision,
-        seed=spec.seed,
+    return track.plan(
+        spec.seed,
+        steps,
+        str(spec.factors["schedule"]),
         evaluate_at=_late_steps(steps, track.late_evaluations),
         checkpoint_every=steps // 4 if steps >= 1_000 else None,
     )

@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.harness.causal_lm import CausalLMRun
 from experiments.harness.claims import Claim, Interaction, Region, SelectedReduction, Selector
-from experiments.harness.classification import ClassificationRun
+from experiments.harness.classification import CLASSIFIER_LOSS, ClassificationRun
 from experiments.harness.experiment import Experiment, TrialContext, UserError
 from experiments.harness.record import EVAL_LOSS, ManipulationCheck, Measurements, Metric, Observation, TrialSpec
+from experiments.harness.tasks import collator_of, prepare
 
 if TYPE_CHECKING:
     from experiments.harness.training import TrainingOutcome
 
 Schedule = Literal["constant", "cosine"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
-CLASSIFIER_LOSS = Metric("eval_loss", "nats/example", "minimize")
 DECAYS = (0.9, 0.97, 0.99, 0.997, 0.999, 0.9997)
 CONDITIONS = ("base", "small_data", "high_lr", "long")
 
@@ -141,37 +141,29 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
 
 def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     """Train one cell with all averages along its trajectory; evaluate all of them at every checkpoint."""
-    from experiments.harness import causal_lm, classification
-    from experiments.harness.training import TrainingPlan, train
+    from experiments.harness.training import train
     from forge.ema import EMACallback
 
     began, run = time.monotonic(), _run(spec)
-    classifies = isinstance(run, Classifier)
-    ingredients: Any = (classification if classifies else causal_lm).prepare(run, spec.seed)  # type: ignore[arg-type]
+    ingredients: Any = prepare(run, spec.seed)
     data = ingredients.train
     if spec.factors["condition"] == "small_data":
         assert isinstance(run, Cells)
         data = data.spread(run.small_data_blocks)
-    plan = TrainingPlan(
-        steps=run.steps,
-        batch_size=run.batch_size,
-        learning_rate=run.learning_rate,
-        schedule=str(spec.factors["schedule"]),
-        warmup_ratio=run.warmup_ratio,
-        weight_decay=run.weight_decay,
-        precision=run.precision,
-        seed=spec.seed,
+    plan = run.plan(
+        spec.seed,
+        run.steps,
+        str(spec.factors["schedule"]),
         evaluate_at=tuple(round(run.steps * (i + 1) / run.evaluations) for i in range(run.evaluations)),
         checkpoint_every=run.steps // 4 if run.steps >= 1_000 else None,
     )
     held_out = {"validation": ingredients.validation, "test": ingredients.test}
     ema = EMACallback(decay=DECAYS)
-    options = {"collator": ingredients.collator} if classifies else {}
-    outcome = train(ingredients.model, data, held_out, plan, context, [ema], **options)
+    outcome = train(ingredients.model, data, held_out, plan, context, [ema], collator=collator_of(ingredients))
     measurements = Measurements(
         tokens=round(run.steps * run.batch_size * data.tokens / len(data)), digests=ingredients.digests
     )
-    _observe(measurements, outcome, CLASSIFIER_LOSS if classifies else EVAL_LOSS)
+    _observe(measurements, outcome, CLASSIFIER_LOSS if isinstance(run, Classifier) else EVAL_LOSS)
     measurements.checks = _checks(spec, run, outcome, ema, measurements, len(data))
     measurements.seconds = {"training": outcome.training_sec, "evaluation": outcome.evaluation_sec}
     measurements.seconds["overhead"] = max(0.0, time.monotonic() - began - sum(measurements.seconds.values()))

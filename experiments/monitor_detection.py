@@ -124,7 +124,7 @@ class _Norms:
 def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     """Train with the monitor and one fault, and say when the monitor noticed what."""
     from experiments.harness.causal_lm import prepare
-    from experiments.harness.training import TrainingPlan, train
+    from experiments.harness.training import train
     from experiments.worlds.faults import Fault, without_residuals
     from forge.layers import find_layers
     from forge.monitor import MonitorCallback
@@ -138,16 +138,7 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     norms = _Norms([layer.name for layer in find_layers(model)])
     monitor = MonitorCallback(history=settings.steps, on_report=norms.keep)
     injected = Fault(fault, settings.fault_step, model)
-    plan = TrainingPlan(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        schedule="constant",
-        warmup_ratio=settings.warmup_ratio,
-        weight_decay=settings.weight_decay,
-        precision=settings.precision,
-        seed=spec.seed,
-    )
+    plan = settings.plan(spec.seed, settings.steps, "constant")
     outcome = train(model, ingredients.train, ingredients.validation, plan, context, [injected, monitor])
     begins = 1 if fault == "vanishing_depth" else settings.fault_step
     measurements = Measurements(

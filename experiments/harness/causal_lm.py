@@ -5,6 +5,7 @@ Shared by every experiment on language modelling; an experiment adds its own fie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from experiments.harness.experiment import UserError
+from experiments.harness.record import ExampleOutcome, Measurements, Metric, Observation, Scalar
 from experiments.harness.training_run import TrainingRun
 
 if TYPE_CHECKING:
@@ -91,3 +93,26 @@ def losses_on_test(
     return over_arms(
         arms, partial(held_out_loss, ingredients.model, ingredients.test, run.batch_size, autocast(run.precision))
     )
+
+
+def observe(
+    into: Measurements, held_out: HeldOutLoss, metric: Metric, step: int, arm: str, **conditions: Scalar
+) -> None:
+    """Add an arm's test loss as an observation of ``metric``, and that of every document.
+
+    Args:
+        into: gets the outcome, or the note that it diverged where the loss is not finite.
+        held_out: of the arm.
+        metric: the name under which the loss goes (nats/token).
+        step: optimizer steps that were taken.
+        arm: its name.
+        **conditions: further fields of the observation.
+    """
+    if not math.isfinite(held_out.loss):
+        into.diverged = f"the {metric.name} of arm {arm} is {held_out.loss}"
+        return
+    into.observations.append(Observation.of(metric, held_out.loss, step, split="test", arm=arm, **conditions))
+    for document, nll, tokens in zip(held_out.document_ids, held_out.nll, held_out.tokens, strict=True):
+        into.examples.append(
+            ExampleOutcome(example=document, arm=arm, metric=metric.name, value=nll / tokens, tokens=tokens)
+        )

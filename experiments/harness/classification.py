@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CROSS_ENTROPY = Metric("cross_entropy", "nats/example", "minimize")
 ACCURACY = Metric("accuracy", "1", "maximize")
 MACRO_F1 = Metric("macro_f1", "1", "maximize")
+CLASSIFIER_LOSS = Metric("eval_loss", "nats/example", "minimize")
+"""The cross-entropy under the name that a loss has in every task, where tasks are compared."""
 
 
 @dataclass(frozen=True)

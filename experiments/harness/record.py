@@ -30,6 +30,15 @@ class Metric(NamedTuple):
 
 EVAL_LOSS = Metric("eval_loss", "nats/token", "minimize")
 PERPLEXITY = Metric("perplexity", "1", "minimize")
+PEAK_MEMORY = Metric("peak_memory_bytes", "bytes", "minimize")
+PREDICTED_PEAK = Metric("predicted_peak_bytes", "bytes", "none")
+GRADIENT_MEMORY = Metric("gradient_bytes", "bytes", "minimize")
+OPTIMIZER_MEMORY = Metric("optimizer_bytes", "bytes", "minimize")
+PARAMETER_MEMORY = Metric("parameter_bytes", "bytes", "minimize")
+STEP_TIME = Metric("step_time_sec", "s", "minimize")
+TOKENS_PER_SECOND = Metric("tokens_per_second", "tokens/s", "maximize")
+"""Padding counts."""
+TRAINABLE_PARAMS = Metric("trainable_params", "1", "none")
 
 
 class TrialSpec(BaseModel):

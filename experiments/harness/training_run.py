@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.harness.experiment import UserError
+
+if TYPE_CHECKING:
+    from experiments.harness.training import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,22 @@ class TrainingRun:
             raise UserError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
         if self.weight_decay < 0:
             raise UserError(f"weight_decay must be at least 0, got {self.weight_decay}")
+
+    def plan(self, seed: int, steps: int, schedule: str, **more: Any) -> TrainingPlan:
+        """The recipe as a plan of ``steps`` optimizer steps; ``more`` are further fields of ``TrainingPlan``."""
+        from experiments.harness.training import TrainingPlan
+
+        return TrainingPlan(
+            steps=steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            schedule=schedule,
+            warmup_ratio=self.warmup_ratio,
+            weight_decay=self.weight_decay,
+            precision=self.precision,
+            seed=seed,
+            **more,
+        )
 
     def _at_least_one(self, *names: str) -> None:
         for name in names:
