@@ -75,6 +75,12 @@ SECTIONS = {
         "Сравнение presets на стандартных бенчмарках",
         "tests/forge/test_presets.py",
     ),
+    "quantization": Section(
+        "Quantization",
+        "✅ Dettmers et al. 2023",
+        "Ошибка весов, активаций и качества по форматам",
+        "tests/experiments/test_quantization.py",
+    ),
     "monitor": Section(
         "Training Monitor",
         "✅ Стандартные метрики",

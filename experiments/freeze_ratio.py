@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from experiments.harness.causal_lm import CausalLMRun
 from experiments.harness.claims import (
@@ -36,7 +36,7 @@ from experiments.harness.claims import (
     RelativeReduction,
     Selector,
 )
-from experiments.harness.classification import ACCURACY, CLASSIFIER_LOSS, ClassificationRun
+from experiments.harness.classification import ACCURACY, ClassificationRun
 from experiments.harness.experiment import Experiment, TrialContext, UserError
 from experiments.harness.freezing import (
     EMBEDDINGS_TRAINED,
@@ -48,6 +48,7 @@ from experiments.harness.freezing import (
     freeze,
     frozen,
     frozen_layers,
+    share_level,
 )
 from experiments.harness.record import (
     EVAL_LOSS,
@@ -64,9 +65,6 @@ from experiments.harness.record import (
     TrialSpec,
 )
 from experiments.harness.tasks import collator_of, prepare
-
-if TYPE_CHECKING:
-    from torch import nn
 
 LM, SENTIMENT = "language_modelling", "classification"
 METHODS = ("full", "lora")
@@ -185,17 +183,6 @@ SCALES = {
         classification=Sentiment(steps=1_000, batch_size=16, test_examples=1_000),
         timed_rounds=30,
     ),
-    "paper": Settings(
-        seeds=5,
-        classification_seeds=10,
-        cost_seeds=5,
-        language_modelling=LanguageModelling(
-            model="mistralai/Mistral-7B-v0.1", steps=1_000, batch_size=4, sequence_length=1_024, learning_rate=2e-5,
-            lora_learning_rate=2e-4, test_blocks=256,
-        ),
-        classification=Sentiment(steps=1_000, batch_size=16, test_examples=1_000),
-        timed_rounds=30,
-    ),
 }  # fmt: skip
 
 COST = {
@@ -203,7 +190,6 @@ COST = {
     "laptop": "about 30 min on 2 cores with --workers 2",
     "cpu": "about 2 h on 2 cores with --workers 2",
     "gpu": "planned for 1 h on one 80 GB GPU; not yet measured",
-    "paper": "days on one 80 GB GPU; not yet measured",
 }
 
 
@@ -261,7 +247,9 @@ def _quality(spec: TrialSpec, context: TrialContext) -> Measurements:
         digests=ingredients.digests,
     )
     observe: Any = _observe_lm if isinstance(run, LanguageModelling) else _observe_classes
-    observe = partial(observe, measurements, run, ingredients, conditions=_level(spec, model))
+    # The best share is compared between the tasks, so only seeds that both tasks have carry the level.
+    level = share_level(model, arm) if spec.seed < spec.settings["paired_seeds"] else {}
+    observe = partial(observe, measurements, run, ingredients, conditions=level)
     evaluation_sec = observe(0, "initial")
     plan = run.plan(spec.seed, run.steps, "cosine")
     outcome = train(model, ingredients.train, ingredients.validation, plan, context, collator=collator_of(ingredients))
@@ -269,43 +257,25 @@ def _quality(spec: TrialSpec, context: TrialContext) -> Measurements:
     evaluation_sec += observe(run.steps, "trained")
     measurements.observations.append(Observation.of(TRAINABLE_PARAMS, report.trainable_params, run.steps))
     moved = {name for name, p in model.named_parameters() if not bool((p == before[name]).all())}
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    held = {name for name, p in model.named_parameters() if not p.requires_grad}
     measurements.checks = ManipulationCheck.each(
         optimizer_steps=(run.steps, outcome.trainer.state.global_step),
         frozen_layers=frozen_layers(model, arm),
         embeddings_frozen=embeddings_frozen(model, arm, str(spec.factors["method"])),
-        frozen_weights_that_moved=([], sorted(frozen & moved)),
+        frozen_weights_that_moved=([], sorted(held & moved)),
         something_moved=(True, bool(moved)),
     )
     measurements.seconds = {"training": outcome.training_sec, "evaluation": evaluation_sec}
     return measurements
 
 
-def _level(spec: TrialSpec, model: nn.Module) -> dict[str, Any]:
-    """Layers of the model over layers that train, for arms frozen from below.
-
-    The best level is compared between the tasks, so only seeds that both tasks have carry it.
-    """
-    expected, _ = frozen_layers(model, str(spec.factors["frozen"]))
-    from_below = str(spec.factors["frozen"]) not in (UPPER_HALF, EMBEDDINGS_TRAINED)
-    if not from_below or spec.seed >= spec.settings["paired_seeds"]:
-        return {}
-    from forge.layers import find_layers
-
-    total = len(find_layers(model))
-    return {"layers_per_trained_layer": total / (total - len(expected))}
-
-
 def _observe_lm(
     into: Measurements, run: LanguageModelling, ingredients: Any, step: int, arm: str, conditions: dict[str, Any]
 ) -> float:
     """Test losses on the domain that is trained on and on the other one; returns the seconds that it took."""
-    from experiments.harness.causal_lm import losses_on_test, observe
-    from experiments.harness.data import load_corpus, pack
-    from experiments.harness.models import load_tokenizer
+    from experiments.harness.causal_lm import losses_on_test, observe, on_other_text
 
-    other = pack(load_corpus(run.other_dataset).split("test"), load_tokenizer(run.model), run.sequence_length)
-    elsewhere = dataclasses.replace(ingredients, test=other.spread(run.test_blocks))
+    elsewhere = on_other_text(run, ingredients, run.other_dataset)
     total_sec = 0.0
     for metric, part in ((EVAL_LOSS, ingredients), (OTHER_LOSS, elsewhere)):
         losses, seconds = losses_on_test(run, part, {arm: nullcontext})
@@ -322,9 +292,6 @@ def _observe_classes(
 
     outcomes, seconds = outcomes_on_test(run, ingredients, {arm: nullcontext})
     observe(into, outcomes[arm], step, arm, per_example=(ACCURACY,) if arm == "trained" else (), **conditions)
-    loss = outcomes[arm].metrics["cross_entropy"]
-    if math.isfinite(loss):
-        into.observations.append(Observation.of(CLASSIFIER_LOSS, loss, step, split="test", arm=arm, **conditions))
     return seconds
 
 

@@ -5,6 +5,7 @@ Shared by every experiment on language modelling; an experiment adds its own fie
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from experiments.harness.experiment import UserError
-from experiments.harness.record import ExampleOutcome, Measurements, Metric, Observation, Scalar
+from experiments.harness.record import EVAL_LOSS, PERPLEXITY, ExampleOutcome, Measurements, Metric, Observation, Scalar
 from experiments.harness.training_run import TrainingRun
 
 if TYPE_CHECKING:
@@ -83,6 +84,15 @@ def prepare(run: CausalLMRun, seed: int) -> Ingredients:
     )
 
 
+def on_other_text(run: CausalLMRun, ingredients: Ingredients, dataset: str) -> Ingredients:
+    """The same with the test split of another corpus, as many blocks of it, for what training does to other text."""
+    from experiments.harness.data import load_corpus, pack
+    from experiments.harness.models import load_tokenizer
+
+    blocks = pack(load_corpus(dataset).split("test"), load_tokenizer(run.model), run.sequence_length)
+    return dataclasses.replace(ingredients, test=blocks.spread(run.test_blocks))
+
+
 def losses_on_test(
     run: CausalLMRun, ingredients: Ingredients, arms: Mapping[str, Callable[[], AbstractContextManager[None]]]
 ) -> tuple[dict[str, HeldOutLoss], float]:
@@ -98,7 +108,7 @@ def losses_on_test(
 def observe(
     into: Measurements, held_out: HeldOutLoss, metric: Metric, step: int, arm: str, **conditions: Scalar
 ) -> None:
-    """Add an arm's test loss as an observation of ``metric``, and that of every document.
+    """Add an arm's test loss, and that of every document, under ``metric``; beside ``EVAL_LOSS`` its perplexity too.
 
     Args:
         into: gets the outcome, or the note that it diverged where the loss is not finite.
@@ -112,6 +122,9 @@ def observe(
         into.diverged = f"the {metric.name} of arm {arm} is {held_out.loss}"
         return
     into.observations.append(Observation.of(metric, held_out.loss, step, split="test", arm=arm, **conditions))
+    if metric == EVAL_LOSS:
+        perplexity = math.exp(held_out.loss)
+        into.observations.append(Observation.of(PERPLEXITY, perplexity, step, split="test", arm=arm, **conditions))
     for document, nll, tokens in zip(held_out.document_ids, held_out.nll, held_out.tokens, strict=True):
         into.examples.append(
             ExampleOutcome(example=document, arm=arm, metric=metric.name, value=nll / tokens, tokens=tokens)

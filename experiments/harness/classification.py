@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from experiments.harness.data import Corpus, Document, Examples
     from experiments.harness.evaluation import HeldOutClasses
 
-CROSS_ENTROPY = Metric("cross_entropy", "nats/example", "minimize")
+CLASSIFIER_LOSS = Metric("eval_loss", "nats/example", "minimize")
+"""The cross-entropy, under the name that a loss has in every task."""
 ACCURACY = Metric("accuracy", "1", "maximize")
 MACRO_F1 = Metric("macro_f1", "1", "maximize")
-CLASSIFIER_LOSS = Metric("eval_loss", "nats/example", "minimize")
-"""The cross-entropy under the name that a loss has in every task, where tasks are compared."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def observe(
     step: int,
     arm: str,
     *,
-    per_example: Sequence[Metric] = (CROSS_ENTROPY,),
+    per_example: Sequence[Metric] = (CLASSIFIER_LOSS,),
     **conditions: Scalar,
 ) -> None:
     """Add an arm's test outcome: the three metrics as observations, those of ``per_example`` for every example too.
@@ -189,18 +188,16 @@ def observe(
         held_out: of the arm.
         step: optimizer steps that were taken.
         arm: its name.
-        per_example: any of ``CROSS_ENTROPY`` and ``ACCURACY`` (1 or 0); each adds a row an example to the record.
+        per_example: any of ``CLASSIFIER_LOSS`` and ``ACCURACY`` (1 or 0); each adds a row an example to the record.
         **conditions: further fields of the observations.
     """
     metrics = held_out.metrics
     if not math.isfinite(metrics["cross_entropy"]):
         into.diverged = f"the test cross-entropy of arm {arm} is {metrics['cross_entropy']}"
         return
-    for metric in (CROSS_ENTROPY, ACCURACY, MACRO_F1):
-        into.observations.append(
-            Observation.of(metric, metrics[metric.name], step, split="test", arm=arm, **conditions)
-        )
-    values = {CROSS_ENTROPY: held_out.nll, ACCURACY: held_out.correct}
+    for metric, name in ((CLASSIFIER_LOSS, "cross_entropy"), (ACCURACY, "accuracy"), (MACRO_F1, "macro_f1")):
+        into.observations.append(Observation.of(metric, metrics[name], step, split="test", arm=arm, **conditions))
+    values = {CLASSIFIER_LOSS: held_out.nll, ACCURACY: held_out.correct}
     for metric in per_example:
         for document, value, tokens in zip(held_out.document_ids, values[metric], held_out.tokens, strict=True):
             into.examples.append(

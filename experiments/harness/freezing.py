@@ -39,6 +39,16 @@ def freeze(model: nn.Module, arm: str) -> FreezeReport:
     return dataclasses.replace(below, parameters=(*upper.parameters, *below.parameters))
 
 
+def share_level(model: nn.Module, arm: str) -> dict[str, float]:
+    """The share of an arm that freezes from below as a level: layers of the model over layers that train."""
+    from forge.layers import find_layers
+
+    if arm in (UPPER_HALF, EMBEDDINGS_TRAINED):
+        return {}
+    total = len(find_layers(model))
+    return {"layers_per_trained_layer": total / (total - len(frozen_layers(model, arm)[0]))}
+
+
 def frozen_layers(model: nn.Module, arm: str) -> tuple[list[int], list[int]]:
     """Places of the layers in which nothing should train, and of those in which nothing does."""
     from forge.layers import find_layers

@@ -54,7 +54,7 @@ def estimate_model_memory(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; load it first")
-    _check_sizes(model, batch_size, sequence_length)
+    check_sizes(getattr(model, "config", None), batch_size, sequence_length)
     if autocast_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast_dtype must be torch.bfloat16, torch.float16 or None, got {autocast_dtype}")
     if gradient_checkpointing is None:
@@ -75,13 +75,14 @@ def estimate_model_memory(
     return {name: size / GB for name, size in parts.items()} | {"total_estimated_gb": sum(parts.values()) / GB}
 
 
-def _check_sizes(model: nn.Module, batch_size: int, sequence_length: int) -> None:
+def check_sizes(config: object, batch_size: int, sequence_length: int) -> None:
+    """Refuse (ValueError) a size below 1; warn of a sequence longer than the config's positions."""
     for name, value in {"batch_size": batch_size, "sequence_length": sequence_length}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"{name} must be an integer of at least 1, got {value!r}; give what one device gets at once"
             )
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and sequence_length > longest:
         warnings.warn(
             f"sequence_length should be at most the model's {longest} positions, got {sequence_length}; "

@@ -103,6 +103,9 @@ _RULES: dict[str, Rule] = {
     "rmsprop_bnb_32bit": _ONE_32BIT,
 }
 
+TRAINER_OPTIMIZERS = tuple(name for name in _RULES if name != "sgd_momentum")
+"""Those of them that are names of ``TrainingArguments(optim=…)``."""
+
 
 def _rule(optimizer: str) -> Rule:
     if isinstance(optimizer, str) and optimizer in _RULES:

@@ -36,10 +36,21 @@ def parameter_storage(model: nn.Module) -> list[ParameterStorage]:
 
 def buffer_bytes(model: nn.Module) -> int:
     """Bytes of all buffers, shared ones once, and of the scales that ``Linear8bitLt`` holds after its first forward."""
-    held = (getattr(module, "state", None) for module in model.modules())
-    scales = [s for state in held if isinstance(s := getattr(state, "SCB", None), Tensor)]
     counted = {_key(s) for p in model.parameters() if isinstance(s := getattr(p, "SCB", None), Tensor)}
-    return _bytes([*model.buffers(), *scales], counted)
+    return _bytes([*model.buffers(), *_scales(model)], counted)
+
+
+def stored_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that ``parameter_storage`` and ``buffer_bytes`` count; those that are shared may come twice."""
+    for parameter in model.parameters():
+        yield from _tensors(parameter)
+    yield from model.buffers()
+    yield from _scales(model)
+
+
+def _scales(model: nn.Module) -> list[Tensor]:
+    held = (getattr(module, "state", None) for module in model.modules())
+    return [s for state in held if isinstance(s := getattr(state, "SCB", None), Tensor)]
 
 
 def _stored(name: str, parameter: nn.Parameter, counted: set[int]) -> ParameterStorage:

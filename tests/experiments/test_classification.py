@@ -15,7 +15,7 @@ import torch
 
 from experiments.harness.classification import (
     ACCURACY,
-    CROSS_ENTROPY,
+    CLASSIFIER_LOSS,
     ClassificationRun,
     compute_metrics,
     observe,
@@ -344,16 +344,16 @@ def test_large_logits_do_not_overflow():
 def test_an_outcome_becomes_observations_and_example_rows():
     held_out = HeldOutClasses(("a", "b"), (3, 5), np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]]))
     into = Measurements()
-    observe(into, held_out, 9, "ema_0.9", per_example=(CROSS_ENTROPY, ACCURACY), size=40)
+    observe(into, held_out, 9, "ema_0.9", per_example=(CLASSIFIER_LOSS, ACCURACY), size=40)
     rows = [o.model_dump() for o in into.observations]
     assert [(r["metric"], r["unit"]) for r in rows] == [
-        ("cross_entropy", "nats/example"),
+        ("eval_loss", "nats/example"),
         ("accuracy", "1"),
         ("macro_f1", "1"),
     ]
     assert all((r["step"], r["arm"], r["split"], r["size"]) == (9, "ema_0.9", "test", 40) for r in rows)
     assert [(e.example, e.metric, e.tokens) for e in into.examples] == [
-        ("a", "cross_entropy", 3), ("b", "cross_entropy", 5), ("a", "accuracy", 3), ("b", "accuracy", 5),
+        ("a", "eval_loss", 3), ("b", "eval_loss", 5), ("a", "accuracy", 3), ("b", "accuracy", 5),
     ]  # fmt: skip
     assert np.mean([e.value for e in into.examples[:2]]) == pytest.approx(rows[0]["value"])
     assert [e.value for e in into.examples[2:]] == [1.0, 0.0] and into.diverged is None

@@ -1,0 +1,66 @@
+"""A copy of a model on fake tensors: the same modules, ties, hooks and flags, and no memory for the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forge.memory.storage import stored_tensors
+
+
+def fake_copy(model: nn.Module) -> Any:
+    """The model with fake CPU tensors in place of its own, which may be anywhere, on ``meta`` too.
+
+    Call it under ``FakeTensorMode``. What is shared stays shared: a tied weight, a storage under two views. Parameters
+    keep what hangs on them (bitsandbytes' quantisation state), modules their hooks and attributes. Gradients are left
+    behind, and so is the autocast that an Accelerator has put around ``forward``.
+
+    Raises:
+        ValueError: if the model is spread over devices by hooks, or holds tensors made of tensors.
+    """
+    memo: dict[int, Any] = {}
+    bases: dict[int, Tensor] = {}
+    for tensor in _tensors(model):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _fake(tensor, bases)
+    for parameter in model.parameters():
+        for name, value in vars(parameter).items():
+            setattr(memo[id(parameter)], name, copy.deepcopy(value, memo))
+    copied = copy.deepcopy(model, memo)
+    if (own_forward := vars(copied).pop("_original_forward", None)) is not None:
+        copied.forward = own_forward
+    return copied
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """All tensors of the model: stored ones, and those that are plain attributes of modules."""
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"the model must be whole on one device, got {type(module).__name__} with hooks that move its weights; "
+                "load it without device_map, or pass its config"
+            )
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+    for parameter in model.parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            raise ValueError(
+                f"weights must be plain tensors or those of bitsandbytes, got a {type(parameter).__name__}; measure "
+                "the step with MeasureMemory instead"
+            )
+    yield from stored_tensors(model)
+
+
+def _fake(tensor: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    storage = tensor.untyped_storage()
+    key = storage._cdata
+    if key not in bases:
+        bases[key] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+    fake = torch.empty(0, dtype=tensor.dtype, device="cpu")
+    fake.set_(bases[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
