@@ -59,6 +59,17 @@ LAYOUTS: dict[str, Layout] = {
         control="lower_0",
         order={"track": ("language_modelling",), "method": ("full", "lora"), "frozen": ("lower_0", "lower_25")},
     ),
+    "quantization": Layout(
+        metric="relative_error",
+        also=("eval_loss", "accuracy", "perplexity"),
+        where={},
+        conditions=("quantity",),
+        control="int4",
+        order={
+            "track": ("pretrained", "classifier", "language_model"),
+            "quantity": ("weights", "layer_outputs", "hidden_state", "logits"),
+        },
+    ),
     "monitor_detection": Layout(
         metric="detected",
         also=("detected_at_once", "detection_delay_steps"),

@@ -17,7 +17,7 @@ from scipy import stats
 
 from analysis.estimands import per_seed_values
 from analysis.load import Campaign
-from analysis.rows import CannotEstimate
+from analysis.rows import CannotEstimate, select
 from analysis.statistics import Estimate
 from experiments.harness.claims import RelativeReduction, Selector
 
@@ -94,8 +94,9 @@ def seeds_and_items(estimand: RelativeReduction, campaign: Campaign, alpha: floa
     """The relative reduction with seeds and test items as two sources of variation.
 
     The reduction of a seed is ``r = 1 − T / C``, with T and C the losses of treatment and control: means over items
-    weighted by their tokens. It is linear in the items to first order, so that item i stands for
-    ``r + I w_i ((1 − r) c_i − t_i) / C``, whose mean over items is r exactly (delta method for a ratio).
+    weighted by their tokens where the metric is per token, else alike. It is linear in the items to first order, so
+    that item i stands for ``r + I w_i ((1 − r) c_i − t_i) / C``, whose mean over items is r exactly (delta method for a
+    ratio).
 
     Raises:
         CannotEstimate: if the reduction cannot be estimated, items are missing in some seed or arm, or the items do not
@@ -108,7 +109,8 @@ def seeds_and_items(estimand: RelativeReduction, campaign: Campaign, alpha: floa
     if not (t["value"].index.equals(c["value"].index) and t["value"].columns.equals(c["value"].columns)):
         raise CannotEstimate("items are paired within seed, but treatment and control differ in seeds or items")
     tokens = c["tokens"].to_numpy(dtype=np.float64)
-    weights = tokens / tokens.sum(axis=1, keepdims=True)
+    size = tokens if _is_per_token(estimand, campaign) else np.ones(tokens.shape)
+    weights = size / size.sum(axis=1, keepdims=True)
     treated, raw = (side["value"].to_numpy(dtype=np.float64) for side in (t, c))
     total = (weights * raw).sum(axis=1, keepdims=True)
     reduction = 1 - (weights * treated).sum(axis=1, keepdims=True) / total
@@ -119,6 +121,11 @@ def seeds_and_items(estimand: RelativeReduction, campaign: Campaign, alpha: floa
         )
     n_items = raw.shape[1]
     return two_way(reduction + n_items * weights * ((1 - reduction) * raw - treated) / total, alpha)
+
+
+def _is_per_token(estimand: RelativeReduction, campaign: Campaign) -> bool:
+    rows = select(campaign.observations, {**estimand.where, "metric": estimand.metric})
+    return bool(rows["unit"].str.endswith("/token").any())
 
 
 def _items(examples: pd.DataFrame, selector: Selector) -> dict[str, pd.DataFrame]:

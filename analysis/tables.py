@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis.arms import ALPHA, arm_table, layout_of
 from analysis.cells import VERDICT_HEADER, arm_cells, is_numeric, short_arm_cells, verdict_cells, verdict_line
+from analysis.costs import cost_markdown
 from analysis.estimands import CannotEstimate
 from analysis.evidence import in_order
 from analysis.formatting import ENGLISH, NO_BREAK_SPACE, format_estimate, format_interval, markdown_table
@@ -35,7 +36,8 @@ def markdown(experiment: str, campaigns: Sequence[Campaign]) -> str:
     parts = [f"# {experiment}", "Written by `python -m analysis.tables` from the records; do not edit."]
     for campaign in campaigns:
         parts += [f"## {heading(campaign)}", trials_line(campaign)]
-        parts += [*_arm_section(campaign), *_verdict_section(campaign), *_items_section(campaign)]
+        parts += [*_arm_section(campaign), *_cost_section(campaign)]
+        parts += [*_verdict_section(campaign), *_items_section(campaign)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -185,6 +187,12 @@ def _arm_section(campaign: Campaign) -> Iterator[str]:
     else:
         yield as_markdown(arm_cells(campaign, table))
         yield _note(campaign)
+
+
+def _cost_section(campaign: Campaign) -> Iterator[str]:
+    if text := cost_markdown(campaign, "en", ENGLISH):
+        yield "### Cost of a step"
+        yield text
 
 
 def _note(campaign: Campaign) -> str:

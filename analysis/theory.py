@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from analysis.arms import mechanics
+from analysis.costs import cost_markdown
 from analysis.evidence import Evidence, Finding, find, selectors
 from analysis.formatting import (
     NOTHING,
@@ -175,8 +176,16 @@ def _experiment(findings: Sequence[Finding]) -> str:
         for _, conditions in groupby(findings, key=lambda finding: _sentence(finding.claim))
         for index, finding in enumerate(conditions)
     ]
-    table = markdown_table(HEADER, rows, right, padded=False)
-    return f"**Эксперимент {_link(findings[0].experiment)}**\n\n{table}\n\n{_sources(findings)}".rstrip()
+    parts = [f"**Эксперимент {_link(findings[0].experiment)}**", markdown_table(HEADER, rows, right, padded=False)]
+    return "\n\n".join(part for part in [*parts, *_costs(findings), _sources(findings)] if part)
+
+
+def _costs(findings: Sequence[Finding]) -> list[str]:
+    """In the section on memory, prediction and measurement side by side."""
+    if findings[0].claim.section != "memory":
+        return []
+    campaigns = {f.evidence.campaign.campaign_id: f.evidence.campaign for f in findings if f.evidence}
+    return [cost_markdown(campaign, "ru", RUSSIAN) for campaign in campaigns.values()]
 
 
 def _sentence(claim: Claim) -> str:

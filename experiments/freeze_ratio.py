@@ -138,17 +138,14 @@ class Settings:
         if wrong := [share for share in self.shares if not 0 <= share < 100]:
             raise UserError(f"shares must be percent in [0, 100), got {wrong[0]}; with all frozen nothing trains")
         for run in (self.language_modelling, self.classification):
-            if run.steps < 1:
-                raise UserError(f"steps must be at least 1, got {run.steps}")
-            if not run.lora_learning_rate > 0:
-                raise UserError(f"lora_learning_rate must be positive, got {run.lora_learning_rate}")
+            for name in ("steps", "lora_learning_rate"):
+                if not getattr(run, name) > 0:
+                    raise UserError(f"{name} must be positive, got {getattr(run, name)}")
 
 
 SCALES = {
     "smoke": Settings(
-        seeds=2,
-        classification_seeds=2,
-        cost_seeds=1,
+        seeds=1, classification_seeds=1, cost_seeds=1,
         language_modelling=LanguageModelling(
             model="tiny-random", random_init=True, steps=3, batch_size=2, sequence_length=32, precision="fp32",
             validation_blocks=2, test_blocks=4,
@@ -161,24 +158,18 @@ SCALES = {
         timed_rounds=2,
     ),
     "laptop": Settings(
-        seeds=1,
-        classification_seeds=3,
-        cost_seeds=1,
+        seeds=1, classification_seeds=3, cost_seeds=1,
         language_modelling=LanguageModelling(steps=20, test_blocks=16),
         classification=Sentiment(steps=60, test_examples=200),
         timed_rounds=3,
     ),
     "cpu": Settings(
-        seeds=5,
-        classification_seeds=8,
-        cost_seeds=5,
+        seeds=5, classification_seeds=8, cost_seeds=5,
         language_modelling=LanguageModelling(),
         classification=Sentiment(),
     ),
     "gpu": Settings(
-        seeds=5,
-        classification_seeds=10,
-        cost_seeds=5,
+        seeds=5, classification_seeds=10, cost_seeds=5,
         language_modelling=LanguageModelling(steps=1_000, batch_size=8, sequence_length=512, test_blocks=128),
         classification=Sentiment(steps=1_000, batch_size=16, test_examples=1_000),
         timed_rounds=30,

@@ -82,7 +82,7 @@ def observe_memory(
         work_dir: for the Trainer's files.
         **conditions: of the observations.
     """
-    from experiments.harness.training import train
+    from experiments.harness.training import OPTIMIZER, train
     from forge.memory import MeasureMemory, profile_training_memory
 
     model = ingredients.model
@@ -91,6 +91,7 @@ def observe_memory(
         run.batch_size,
         run.sequence_length,
         autocast=torch.bfloat16 if run.precision == "bf16" else None,
+        optimizer=OPTIMIZER,
         padding=collator_of(ingredients) is not None,
         target="cuda" if torch.cuda.is_available() else "cpu",
     )
@@ -151,8 +152,8 @@ def step_times(
     """Median seconds of a training step of every arm, all arms on one model in turn.
 
     Each round runs every arm once, on the same batch, in rotating order, so that a slow minute of the machine hits all
-    of them. A step is forward pass, backward pass, AdamW and zeroing; parameters that an arm freezes have no gradient,
-    and the optimizer passes them over. The first round is not counted.
+    of them. A step is forward pass, backward pass, AdamW (fused, as the harness trains) and zeroing; parameters that an
+    arm freezes have no gradient, and the optimizer passes them over. The first round is not counted.
 
     Args:
         model: on the device of the run.
@@ -163,7 +164,8 @@ def step_times(
     """
     device = next(model.parameters()).device
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, fused=True)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for index, batch in enumerate(batches):

@@ -28,6 +28,9 @@ from experiments.harness.experiment import Preempted, TrialContext
 
 Precision = Literal["fp32", "bf16"]
 
+OPTIMIZER = "adamw_torch_fused"
+"""As ``TrainingArguments(optim=…)`` names it."""
+
 _COMPLETE = "forge_complete"
 """Written last into a checkpoint: a checkpoint without it was interrupted while being saved, and is not used."""
 
@@ -168,6 +171,7 @@ def _arguments(plan: TrainingPlan, context: TrialContext) -> TrainingArguments:
         max_steps=plan.steps,
         per_device_train_batch_size=plan.batch_size,
         per_device_eval_batch_size=plan.batch_size,
+        optim=OPTIMIZER,
         learning_rate=plan.learning_rate,
         lr_scheduler_type="cosine" if plan.schedule == "cosine" else "constant_with_warmup",
         warmup_steps=round(plan.warmup_ratio * plan.steps),

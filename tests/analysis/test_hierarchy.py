@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from analysis.hierarchy import seeds_and_items, two_way
 from analysis.load import load_campaigns
@@ -22,9 +23,18 @@ def test_an_additive_table_by_hand():
     # √(6 / 6) · t(0.975, 1) = 12.7062; √(8 / 6) · t(0.975, 2) = 1.154701 · 4.302653
     assert result.over_seeds.high - 5 == pytest.approx(12.706205, abs=1e-5)
     assert result.over_items.high - 5 == pytest.approx(4.968275, abs=1e-5)
-    # Both: mean square 14, df 14² / (6² / 1 + 8² / 2) = 2.882
+    # Both: mean square 14, df 14² / (6² / 1 + 8² / 2) = 196 / 68; √(14 / 6) · t(0.975, 2.882)
     assert (result.sd_seeds, result.sd_items, result.sd_rest) == pytest.approx((2**0.5, 2.0, 0.0), abs=1e-9)
-    assert result.over_both.high > result.over_items.high
+    assert result.over_both.high - 5 == pytest.approx((14 / 6) ** 0.5 * stats.t.ppf(0.975, 196 / 68))
+
+
+def test_a_table_with_an_interaction_by_hand():
+    # As above with ±1 in the corners, whose rows and columns sum to 0: MS_rest = 4 / 2 = 2, MS_seeds and MS_items stay.
+    table = np.add.outer([-1.0, 1.0], [-2.0, 0.0, 2.0]) + np.outer([1.0, -1.0], [1.0, 0.0, -1.0])
+    result = two_way(table, alpha=0.05)
+    # (6 - 2) / 3 items, (8 - 2) / 2 seeds; both: 6 + 8 - 2 = 12, df 12² / (6² / 1 + 8² / 2 + 2² / 2) = 144 / 70
+    assert (result.sd_seeds, result.sd_items, result.sd_rest) == pytest.approx(((4 / 3) ** 0.5, 3**0.5, 2**0.5))
+    assert result.over_both.high == pytest.approx((12 / 6) ** 0.5 * stats.t.ppf(0.975, 144 / 70))
 
 
 def test_the_interval_over_seeds_is_the_paired_one():
@@ -61,14 +71,15 @@ def test_a_table_without_two_sources_is_refused(table, message):
 def campaign(make_record, tmp_path):
     """Three seeds with four documents of unequal length; ``shift`` falsifies the corpus loss."""
 
-    def build(shift=0.0, drop=False):
+    def build(shift=0.0, drop=False, unit="nats/token"):
         rng, tokens = np.random.default_rng(2), np.array([100, 50, 200, 10])
+        weights = tokens / tokens.sum() if unit == "nats/token" else np.full(4, 0.25)
         records = []
         for seed in range(3):
             losses = {"raw": rng.normal(3.0, 0.5, 4)}
             losses["ema"] = losses["raw"] * (0.98 + 0.01 * rng.normal(size=4))
             observations = [
-                {"arm": arm, "split": "test", "value": float(v @ tokens / tokens.sum()) + shift * (arm == "ema")}
+                {"arm": arm, "split": "test", "unit": unit, "value": float(v @ weights) + shift * (arm == "ema")}
                 for arm, v in losses.items()
             ]
             examples = [
@@ -85,10 +96,11 @@ def campaign(make_record, tmp_path):
     return build
 
 
-def test_items_add_up_to_the_reduction_of_each_seed(campaign):
+@pytest.mark.parametrize("unit", ["nats/token", "nats/example"])
+def test_items_add_up_to_the_reduction_of_each_seed(campaign, unit):
     from analysis.estimands import per_seed_values
 
-    data = campaign()
+    data = campaign(unit=unit)
     alone = mean_interval(per_seed_values(REDUCTION, data.observations), 0.05)
     result = seeds_and_items(REDUCTION, data, 0.05)
     assert (result.over_seeds.low, result.over_seeds.high) == pytest.approx((alone.low, alone.high))
