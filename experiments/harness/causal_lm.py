@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from experiments.harness.data import Blocks
     from experiments.harness.evaluation import HeldOutLoss
+    from forge.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ class Ingredients:
     """SHA-256 of the initial ``model`` weights and fingerprint of the ``data``."""
 
 
-def prepare(run: CausalLMRun, seed: int) -> Ingredients:
-    """Load and pack the data, set the seed, and only then build the model and its adapters."""
+def prepare(run: CausalLMRun, seed: int, preset: Preset | None = None) -> Ingredients:
+    """Load and pack the data, set the seed, and only then build the model and its adapters.
+
+    A ``preset`` prepares the model instead of the harness's preset for ``run.method``.
+    """
     from transformers import set_seed
 
     from experiments.harness.data import load_corpus, pack
@@ -74,7 +78,7 @@ def prepare(run: CausalLMRun, seed: int) -> Ingredients:
     corpus, tokenizer = load_corpus(run.dataset), load_tokenizer(run.model)
     blocks = {s: pack(corpus.split(s), tokenizer, run.sequence_length) for s in ("train", "validation", "test")}
     set_seed(seed)
-    model = load_causal_lm(run.model, method=run.method, random_init=run.random_init)
+    model = load_causal_lm(run.model, method=run.method, random_init=run.random_init, preset=preset)
     return Ingredients(
         model=model,
         train=blocks["train"],

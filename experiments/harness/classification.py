@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from experiments.harness.data import Corpus, Document, Examples
     from experiments.harness.evaluation import HeldOutClasses
+    from forge.presets import Preset
 
 CLASSIFIER_LOSS = Metric("eval_loss", "nats/example", "minimize")
 """The cross-entropy, under the name that a loss has in every task."""
@@ -82,8 +83,10 @@ class Ingredients:
     """SHA-256 of the initial ``model`` weights and fingerprint of the ``data``."""
 
 
-def prepare(run: ClassificationRun, seed: int) -> Ingredients:
+def prepare(run: ClassificationRun, seed: int, preset: Preset | None = None) -> Ingredients:
     """Load and encode the data, set the seed, and only then build the model with its head and adapters.
+
+    A ``preset`` prepares the model instead of the harness's preset for ``run.method``.
 
     Raises:
         UserError: if the model has fewer positions than ``sequence_length``, or there are not as many training
@@ -109,7 +112,9 @@ def prepare(run: ClassificationRun, seed: int) -> Ingredients:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(seed)
-    model = load_classifier(run.model, len(corpus.classes), method=run.method, random_init=run.random_init)
+    model = load_classifier(
+        run.model, len(corpus.classes), method=run.method, random_init=run.random_init, preset=preset
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
     return Ingredients(
         model=model,

@@ -195,22 +195,25 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(_path(model))
 
 
-def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = False) -> nn.Module:
+def load_causal_lm(
+    model: str, *, method: Method = "full", random_init: bool = False, preset: Preset | None = None
+) -> nn.Module:
     """A causal language model ready for ``method``; fp32 weights (under ``qlora``: NF4 base, bf16 compute).
 
+    Args:
+        model: any name that ``check_causal_lm`` accepts.
+        method: what is trained.
+        random_init: build it from its config alone.
+        preset: prepares the model instead of the harness's preset for ``method``.
+
     Raises:
-        UserError: if ``qlora`` is asked of weights that do not exist on disk, or bitsandbytes is missing.
+        UserError: if weights are to be quantised that do not exist on disk, or bitsandbytes is missing.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if method == "qlora":
-        if model == TINY or random_init:
-            raise UserError(
-                "--method qlora quantises pretrained weights; it needs a model with weights, not random ones"
-            )
-        options = {"quantization_config": _preset(method).get_bnb_config()}
+    preset = preset or _preset(method)
+    options = _loading_options(preset, pretrained=not (model == TINY or random_init))
     if model in _TINY_CONFIGS or random_init:
         network = AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32)
     else:
@@ -220,11 +223,16 @@ def load_causal_lm(model: str, *, method: Method = "full", random_init: bool = F
         if loading["missing_keys"]:
             raise UserError(f"{model} lacks weights of a causal language model: {sorted(loading['missing_keys'])[0]}")
     network.config.use_cache = False
-    return network if method == "full" else _preset(method).prepare(network)
+    return network if preset is None else preset.prepare(network)
 
 
 def load_classifier(
-    model: str, num_labels: int, *, method: Literal["full", "lora"] = "full", random_init: bool = False
+    model: str,
+    num_labels: int,
+    *,
+    method: Literal["full", "lora"] = "full",
+    random_init: bool = False,
+    preset: Preset | None = None,
 ) -> nn.Module:
     """A model with a classification head of random weights, fp32, ready for ``method`` (LoRA trains the head too).
 
@@ -233,6 +241,7 @@ def load_classifier(
         num_labels: classes.
         method: what is trained.
         random_init: build the rest from its config alone too.
+        preset: prepares the model instead of the harness's preset for ``method``.
 
     Raises:
         UserError: if weights other than those of the head are missing, or the weights hold a head of their own.
@@ -242,6 +251,8 @@ def load_classifier(
 
     config = _config(model)
     config.num_labels, config.problem_type = num_labels, "single_label_classification"
+    preset = preset or _preset(method)
+    options = _loading_options(preset, pretrained=not (model in _TINY_CONFIGS or random_init))
     if model in _TINY_CONFIGS or random_init:
         network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     else:
@@ -251,11 +262,21 @@ def load_classifier(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head of other classes: refused below, in words
-            dtype=torch.float32,
+            **options,
         )
         _check_fresh_head(model, network, loading)
     network.config.use_cache = False
-    return network if method == "full" else _preset(method).prepare(network)
+    return network if preset is None else preset.prepare(network)
+
+
+def _loading_options(preset: Preset | None, *, pretrained: bool) -> dict[str, Any]:
+    import torch
+
+    if preset is None or preset.name != "qlora":
+        return {"dtype": torch.float32}
+    if not pretrained:
+        raise UserError("qlora quantises pretrained weights; it needs a model with weights, not random ones")
+    return {"quantization_config": preset.get_bnb_config()}
 
 
 def _check_fresh_head(model: str, network: nn.Module, loading: dict[str, Any]) -> None:
@@ -285,10 +306,12 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _preset(method: Method) -> Preset:
-    """LoRA with r = 16, alpha = 32 on the attention projections, on fp32 or on NF4 weights."""
+def _preset(method: Method) -> Preset | None:
+    """LoRA with r = 16, alpha = 32 on the attention projections, on fp32 or on NF4 weights; None where all trains."""
     from forge.presets import get_preset
 
+    if method == "full":
+        return None
     if method == "lora":
         return get_preset("lora")
     return get_preset("qlora", target_modules="attention", lora_dropout=0.0, gradient_checkpointing=False)

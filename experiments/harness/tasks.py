@@ -13,19 +13,20 @@ if TYPE_CHECKING:
     import torch
 
     from experiments.harness import causal_lm, classification
+    from forge.presets import Preset
 
 Run = CausalLMRun | ClassificationRun
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, "torch.Tensor"]]
 
 
-def prepare(run: Run, seed: int) -> causal_lm.Ingredients | classification.Ingredients:
+def prepare(run: Run, seed: int, preset: Preset | None = None) -> causal_lm.Ingredients | classification.Ingredients:
     """What the run trains and on what, as the ``prepare`` of its task."""
     from experiments.harness import causal_lm, classification
 
     if isinstance(run, ClassificationRun):
-        return classification.prepare(run, seed)
-    return causal_lm.prepare(run, seed)
+        return classification.prepare(run, seed, preset)
+    return causal_lm.prepare(run, seed, preset)
 
 
 def collator_of(ingredients: causal_lm.Ingredients | classification.Ingredients) -> Collator | None:

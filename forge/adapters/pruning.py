@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from forge.adapters.tuner import active_adapter, check_whole, tuner_layers
-from forge.adapters.weight_lora import WEIGHT_LORA, WeightLoraLayer
+from forge.adapters.weight_lora import WEIGHT_LORA, WeightLoraLinear
 
 
 def product_norm(b: Tensor, a: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def importances(model: nn.Module) -> dict[str, float]:
         ValueError: if the model has no active WeightLoRA adapter, or every B A is zero: there is nothing to compare.
     """
     name = active_adapter(model, WEIGHT_LORA)
-    layers = {k: m for k, m in tuner_layers(model, WeightLoraLayer).items() if name in m.wlora_A}
+    layers = {k: m for k, m in tuner_layers(model, WeightLoraLinear).items() if name in m.wlora_A}
     live = {k: m for k, m in layers.items() if not m.pruned.get(name, False)}
     norms = {k: product_norm(m.wlora_B[name].weight, m.wlora_A[name].weight).item() for k, m in live.items()}
     total = sum(norms.values())
@@ -69,7 +69,7 @@ def prune_to_top_k(model: nn.Module, k: int) -> list[str]:
     """
     check_whole("top_k", k)
     name = active_adapter(model, WEIGHT_LORA)
-    layers = tuner_layers(model, WeightLoraLayer)
+    layers = tuner_layers(model, WeightLoraLinear)
     live = unpruned(model)
     if k > len(live):
         raise ValueError(f"top_k must be at most the {len(live)} adapters that are left, got {k}; lower it")
@@ -84,7 +84,7 @@ def prune_to_top_k(model: nn.Module, k: int) -> list[str]:
 def unpruned(model: nn.Module) -> list[str]:
     """Names of the modules whose adapter of the active set is not pruned."""
     name = active_adapter(model, WEIGHT_LORA)
-    layers = tuner_layers(model, WeightLoraLayer)
+    layers = tuner_layers(model, WeightLoraLinear)
     return [key for key, layer in layers.items() if name in layer.wlora_A and not layer.pruned.get(name, False)]
 
 
@@ -127,7 +127,7 @@ class WeightLoraCallback(TrainerCallback):
         """Prune when the step has come, and release the optimizer's state of what is pruned."""
         if state.global_step == self.prune_at_step:
             model = kw["model"]
-            name, layers = active_adapter(model, WEIGHT_LORA), tuner_layers(model, WeightLoraLayer)
+            name, layers = active_adapter(model, WEIGHT_LORA), tuner_layers(model, WeightLoraLinear)
             dropped = prune_to_top_k(model, self._resolved_top_k(model))
             _release(kw["optimizer"], [p for module in dropped for p in layers[module].adapter_parameters(name)])
 

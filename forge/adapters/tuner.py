@@ -67,8 +67,6 @@ class LinearTuner(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer = self.layer_cls(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
 

@@ -66,8 +66,11 @@ class WeightLoraConfig(PeftConfig):
         return {"wlora_A.weight": (self.r, d_in), "wlora_B.weight": (d_out, self.r), "wlora_omega": (1,)}
 
 
-class WeightLoraLayer(nn.Module, BaseTunerLayer):
-    """A linear map plus its weighted low-rank updates, equation (1). A pruned adapter has ω = 0 and is skipped."""
+class WeightLoraLinear(nn.Module, BaseTunerLayer):
+    """A linear map plus its weighted low-rank updates, equation (1). A pruned adapter has ω = 0 and is skipped.
+
+    By ``Linear`` in its name PEFT knows that ``"all-linear"`` of a further adapter means this module too.
+    """
 
     adapter_layer_names = ("wlora_A", "wlora_B", "wlora_omega")
     other_param_names = ("wlora_dropout", "r", "scaling", "pruned")
@@ -178,8 +181,8 @@ class WeightLoraModel(LinearTuner):
     """The tuner that PEFT builds for a ``WeightLoraConfig``."""
 
     prefix = "wlora_"
-    tuner_layer_cls = WeightLoraLayer
-    layer_cls = WeightLoraLayer
+    tuner_layer_cls = WeightLoraLinear
+    layer_cls = WeightLoraLinear
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -195,7 +198,7 @@ class WeightLoraModel(LinearTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]
-        if any(is_quantised(module) for module in self.modules() if isinstance(module, WeightLoraLayer)):
+        if any(is_quantised(module) for module in self.modules() if isinstance(module, WeightLoraLinear)):
             raise _quantised_base()
 
 
@@ -227,7 +230,7 @@ def _linear_shape(module: nn.Module) -> tuple[int, int]:
     return shape
 
 
-def _read_pruned_state(layer: WeightLoraLayer, _: Any) -> None:
+def _read_pruned_state(layer: WeightLoraLinear, _: Any) -> None:
     """A loaded ω of exactly 0 means pruned: training never reaches it."""
     layer.pruned = {name: True for name, omega in layer.wlora_omega.items() if not omega.is_meta and omega.item() == 0}
     layer._freeze_pruned()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,6 +51,9 @@ def prepare_quantised(model: Any) -> Any:
     whatever is trained after that gets wrong gradients, silently. Its switch for that kernel is turned off. A task
     head, which PEFT trains whole, is made an ordinary layer again where it has been quantised. Biases get the compute
     dtype now, which the first forward pass would give them: what is frozen then stays bitwise as it is.
+
+    Warns:
+        UserWarning: on a CPU, if the rows of a weight are not whole blocks: bitsandbytes 0.50 reads them wrongly.
     """
     from bitsandbytes.nn.modules import Linear4bit
     from peft import prepare_model_for_kbit_training
@@ -63,15 +68,35 @@ def prepare_quantised(model: Any) -> Any:
             model.set_submodule(name, _dequantised(module))
         elif module.bias is not None:
             module.bias.data = module.bias.data.to(module.compute_dtype)
+    _warn_of_broken_rows(model)
     return model
+
+
+def _warn_of_broken_rows(model: nn.Module) -> None:
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit) or module.weight.device.type != "cpu":
+            continue
+        weight: Any = module.weight
+        block = weight.quant_state.blocksize
+        if module.in_features % block:
+            warnings.warn(
+                f"rows of 4-bit weights should be whole blocks of {block} on a CPU, got {module.in_features} inputs in "
+                f"{name}: bitsandbytes 0.50 computes with wrong weights there; train this model on a GPU",
+                stacklevel=4,
+            )
+            return
 
 
 def _dequantised(quantised: Any) -> nn.Linear:
     from bitsandbytes.functional import dequantize_4bit
 
     linear = nn.Linear(quantised.in_features, quantised.out_features, bias=quantised.bias is not None)
+    state = copy.copy(quantised.weight.quant_state)
+    state.shape = torch.Size([linear.weight.numel()])  # as one row, which bitsandbytes reads rightly on a CPU too
     with torch.no_grad():
-        linear.weight.copy_(dequantize_4bit(quantised.weight.data, quantised.weight.quant_state))
+        linear.weight.copy_(dequantize_4bit(quantised.weight.data, state).view_as(linear.weight))
         if quantised.bias is not None:
             linear.bias.copy_(quantised.bias)
     return linear.to(quantised.weight.device)

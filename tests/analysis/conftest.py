@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -19,29 +19,6 @@ from experiments.harness.record import (
 
 SETTINGS = {"model": "smollm2-135m", "dataset": "moby_dick", "steps": 300}
 HARDWARE: dict[str, Scalar] = {"device": "cpu", "cores": 2}
-
-
-class MakeRecord(Protocol):
-    """Signature of the ``make_record`` fixture; every argument has a default."""
-
-    def __call__(
-        self,
-        *,
-        experiment: str = "ema_ablation",
-        version: int = 1,
-        scale: str = "cpu",
-        seed: int = 0,
-        factors: Mapping[str, Scalar] | None = None,
-        settings: Mapping[str, Any] | None = None,
-        observations: Iterable[Mapping[str, Any]] = (),
-        plan: Sequence[str] | None = None,
-        claims: Mapping[str, str] | None = None,
-        status: Status = "ok",
-        error: str | None = None,
-        checks: Iterable[ManipulationCheck] = (),
-        examples: Iterable[ExampleOutcome] = (),
-        hardware: Mapping[str, Scalar] | None = None,
-    ) -> TrialRecord: ...
 
 
 def _make_record(
@@ -90,7 +67,7 @@ def _make_record(
 
 
 @pytest.fixture
-def make_record() -> MakeRecord:
+def make_record() -> Callable[..., TrialRecord]:
     """Build one valid ``TrialRecord``.
 
     Observations are dicts; ``metric``, ``unit`` and ``step`` default to ``eval_loss``, ``nats/token`` and 100.

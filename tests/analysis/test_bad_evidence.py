@@ -119,14 +119,16 @@ def test_of_two_claims_with_one_id_neither_is_judged_and_the_others_are(make_rec
     assert sound.outcome == "confirmed"
 
 
-def test_few_seeds_for_the_estimand(judge, monkeypatch):
+@pytest.mark.parametrize(("region", "needed"), [(None, 4), (Region(low=0.05), 7)], ids=["decided", "undecided"])
+def test_few_seeds_for_the_estimand(judge, monkeypatch, region, needed):
+    """Mean 0.1, sd 0.05, edge 0.05: as worked by hand in test_statistics, 7 seeds."""
     monkeypatch.setitem(verdicts.MIN_SEEDS, "RelativeReduction", 4)
     rows = [arms(1.9, 2.0), arms(1.8, 2.0), arms(1.7, 2.0)]
-    verdict = judge(claim_of(LOSS), *rows, alone=True)
+    verdict = judge(claim_of(LOSS, region), *rows, alone=True)
     assert verdict.outcome == "insufficient" and verdict.interval is not None
     assert "a RelativeReduction of 3 seeds is not judged" in verdict.reason
     assert "(verdict_calibration): it needs at least 4; run 1 more" in verdict.reason
-    assert verdict.seeds_needed == 4
+    assert verdict.seeds_needed == needed
 
 
 def test_an_estimand_that_no_number_of_seeds_makes_sound(judge):
@@ -177,6 +179,14 @@ def test_a_proportion_is_judged_by_its_attempts(judge):
     rows = [{"metric": "hits", "value": 30}, {"metric": "tries", "value": 1000}]
     verdict = judge(claim_of(Proportion("hits", "tries"), Region(high=0.05)), rows, alone=True)
     assert verdict.outcome == "confirmed" and verdict.estimate == 0.03
+
+
+def test_an_undecided_proportion_asks_for_no_number_of_trials(judge):
+    """Its attempts are no trials, so that none can be told."""
+    rows = [{"metric": "hits", "value": 1}, {"metric": "tries", "value": 2}]
+    verdict = judge(claim_of(Proportion("hits", "tries"), Region(low=0.4)), rows, alone=True)
+    assert (verdict.outcome, verdict.seeds_needed) == ("insufficient", None)
+    assert "would decide" not in verdict.reason
 
 
 @pytest.mark.parametrize(("margin", "outcome"), [(0.01, "confirmed"), (0.001, "insufficient")])

@@ -290,10 +290,15 @@ def test_the_slope_of_a_power_law_is_its_exponent():
 def test_a_slope_is_that_of_the_last_decade():
     bent = [{**r, "value": r["value"] * (1.2 if r["step"] < 100_000 / 10 else 1.0)} for r in power_law(-1.0)]
     assert estimate(SLOPE, bent) == pytest.approx({0: -1.0})
+    late = [{**r, "value": r["value"] * (9 if r["step"] < 100_000 / 100 else 1)} for r in power_law(-1.0)]
+    assert estimate(SLOPE, late) == pytest.approx({0: -1.0}), "what came two decades before decided"
 
 
-def test_a_slope_that_the_decade_before_does_not_share_is_refused():
-    rows = [row(s**-2.0 + 1e-8, step=s, metric="error", arm="mean", forgetting=50.0) for s in STEPS]
+@pytest.mark.parametrize(
+    "value", [lambda s: s**-2.0 + 1e-8, lambda s: 1 / (1 + s**2 / 1e8)], ids=["flatter", "steeper"]
+)
+def test_a_slope_that_the_decade_before_does_not_share_is_refused(value):
+    rows = [row(value(s), step=s, metric="error", arm="mean", forgetting=50.0) for s in STEPS]
     assert "must agree with that of the decade before within 0.1" in refusal(SLOPE, rows)
 
 
@@ -306,6 +311,12 @@ def test_a_slope_that_the_decade_before_does_not_share_is_refused():
 )
 def test_gates_of_a_slope(conditions, message):
     assert re.search(message, refusal(SLOPE, power_law(-1.0, **conditions)))
+    assert re.search(message, refusal(SLOPE, power_law(-1.0) + power_law(-1.0, seed=1, **conditions)))
+
+
+def test_gates_of_a_slope_are_closed_intervals():
+    rows = power_law(-1.0, forgetting=10.0, horizon_steps=1000.0)
+    assert estimate(SLOPE, rows) == pytest.approx({0: -1.0})
 
 
 def test_a_slope_without_the_condition_that_its_gate_needs():

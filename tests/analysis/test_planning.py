@@ -64,6 +64,21 @@ def test_a_claim_that_the_scale_does_not_measure_has_no_plan(tmp_path, make_reco
     assert without["ema-best-decay-grows-constant"] == "not measured at this scale"
 
 
+def test_seeds_are_those_in_which_the_first_arm_is_planned(tmp_path, make_record):
+    write_campaign(tmp_path, make_record, "cpu")
+    specs = [spec for spec in plan("cpu") if spec.seed < 3 or spec.factors["schedule"] != "constant"]
+    found, _ = plans(EXPERIMENT, specs, load_campaigns(tmp_path)[0])
+    seeds = {p.claim.id: p.n_planned for p in found}
+    assert (seeds["ema-0.999-lowers-loss-constant"], seeds["ema-0.999-lowers-loss-cosine"]) == (3, 5)
+
+
+def test_without_evidence_of_its_own_the_highest_scale_is_the_pilot(tmp_path, make_record):
+    for scale in ("laptop", "cpu"):
+        write_campaign(tmp_path, make_record, scale)
+    found, _ = plans(EXPERIMENT, plan("gpu"), load_campaigns(tmp_path)[0])
+    assert found and {p.campaign.scale for p in found} == {"cpu"}
+
+
 def test_smoke_is_no_pilot(tmp_path, make_record):
     write_campaign(tmp_path, make_record, "smoke")
     found, without = plans(EXPERIMENT, plan("cpu"), load_campaigns(tmp_path)[0])

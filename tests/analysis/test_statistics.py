@@ -193,6 +193,7 @@ def test_rounding_errors_are_no_variance():
     assert not varies(gains)
     with pytest.raises(CannotEstimate, match="no variance"):
         mean_interval(gains, 0.05)
+    assert not varies(np.array([0.0, 1e-16, -1e-16])), "no gain at all, but for rounding"
     assert varies(np.array([0.02, 0.02 + 1e-9]))
     assert varies(np.array([[0.0, 1.0], [5.0, 5.0]])).tolist() == [True, False]
 
@@ -209,6 +210,8 @@ def test_binomial_interval_by_hand():
 
 def test_attempts_needed_by_hand():
     # All succeed, edge 0.5: the lower limit 0.025^(1/n) exceeds 0.5 from n = 6 on (0.025^(1/5) = 0.478, 0.541).
+    # None succeeds: the same from the other side.
     assert attempts_needed(1.0, Region(low=0.5), 0.05) == 6
+    assert attempts_needed(0.0, Region(low=0.5), 0.05) == 6
     assert attempts_needed(0.5, Region(low=0.5), 0.05) is None
     assert attempts_needed(0.5, Region(), 0.05) is None

@@ -250,6 +250,16 @@ def test_a_failed_record_counts_for_registration(campaign):
     assert not judge_campaign([claim], campaign(THREE, [claim], seed_2=stale))[0].registered
 
 
+@pytest.mark.parametrize("dirty", [True, None])
+def test_a_trial_of_code_that_may_not_be_committed_unregisters_the_claim(campaign, dirty):
+    claim = claim_of(Region(low=-1.0))
+    data = campaign(THREE, [claim])
+    first, *others = data.records
+    changed = dataclasses.replace(data, records=(first.model_copy(update={"git_dirty": dirty}), *others))
+    (verdict,) = judge_campaign([claim], changed)
+    assert not verdict.registered and verdict.outcome == "confirmed"
+
+
 def test_smoke_is_not_evidence(campaign):
     with pytest.raises(ValueError, match=r"smoke is not evidence, got campaign .* of ema_ablation at scale 'smoke'"):
         judge_campaign([claim_of(Region())], campaign(THREE, scale="smoke"))

@@ -62,10 +62,12 @@ def reader_namespace(model_folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=page_name)
 def test_code_runs(page: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block after block in one namespace per page, as a reader would paste them."""
+    """Every block of a page, one after the other in one namespace, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
-    namespace = reader_namespace(model_folder)
-    for line, code in code_blocks(page.read_text()):
+    namespace, text = reader_namespace(model_folder), page.read_text()
+    blocks = code_blocks(text)
+    assert len(blocks) == text.count("```python"), "a block is indented or not closed, and would not be run"
+    for line, code in blocks:
         tree = ast.parse(code, filename=str(page))
         ast.increment_lineno(tree, line - 1)
         exec(compile(tree, str(page), "exec"), namespace)

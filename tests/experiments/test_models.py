@@ -298,7 +298,7 @@ def test_code_that_comes_with_a_model_is_not_run(folders, tmp_path):
 
 def test_qlora_needs_weights(folders):
     for model, random_init in (("tiny-random", False), (str(folders / "mistral"), True)):
-        with pytest.raises(UserError, match="--method qlora quantises pretrained weights"):
+        with pytest.raises(UserError, match="qlora quantises pretrained weights"):
             load_causal_lm(model, method="qlora", random_init=random_init)
 
 

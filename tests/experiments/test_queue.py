@@ -149,12 +149,13 @@ def test_concurrent_processes_claim_each_trial_once(storage, tmp_path):
     opened(storage, plan(count))
     gate = SPAWN.Barrier(workers)
     processes = [
-        SPAWN.Process(target=_claim, args=(storage, tmp_path / "claimed", gate, count)) for _ in range(workers)
+        SPAWN.Process(target=_claim, args=(storage, tmp_path / "claimed", gate, count), daemon=True)
+        for _ in range(workers)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0] * workers
     assert Counter((tmp_path / "claimed").read_text().split()) == {str(seed): 1 for seed in range(count)}
 
@@ -169,7 +170,7 @@ def dead_worker(storage):
     """A queue of two trials, and a worker that was killed in the first."""
     opened(storage, plan(2))
     claimed = SPAWN.Event()
-    process = SPAWN.Process(target=_hang, args=(storage, claimed))
+    process = SPAWN.Process(target=_hang, args=(storage, claimed), daemon=True)
     process.start()
     assert claimed.wait(60)
     assert states(open_study(storage, plan(1)[0]))[TrialState.RUNNING] == 1
@@ -215,7 +216,7 @@ def test_the_trial_of_a_worker_that_lives_is_left_to_it(storage):
         began.set()
         return release.wait(60)
 
-    thread = threading.Thread(target=work, args=(study, slow, release.is_set))
+    thread = threading.Thread(target=work, args=(study, slow, release.is_set), daemon=True)
     thread.start()
     assert began.wait(60)
     other = opened(storage, specs)

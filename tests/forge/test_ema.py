@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from forge.ema import EMAModel, averaging_horizon, compute_optimal_decay, decay_label, initial_weight_share
+from tests.forge.tensors import same, weights_of
 
 DECAYS = (0.5, 0.9, 0.999)
 
@@ -48,14 +49,6 @@ def walk(model: nn.ParameterList, trajectory: Iterable[Tensor], *averages: EMAMo
         model[0].copy_(weights)
         for ema in averages:
             ema.update()
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 # Closed forms ---------------------------------------------------------------------------------------------------------
@@ -107,6 +100,15 @@ def test_update_after_step_starts_the_average_there() -> None:
     walk(model, trajectory[5:], late, fresh)
     assert same(late.averages(), fresh.averages())
     assert not torch.equal(late.averages()["0"], trajectory[6])
+
+
+def test_intervals_and_bias_correction_count_from_where_the_average_starts() -> None:
+    trajectory = torch.randn(12, 7)
+    model = single(trajectory[0])
+    ema = EMAModel(model, 0.9, bias_correction=True, update_every=3, update_after_step=4)
+    walk(model, trajectory[1:], ema)  # updates at steps 7 and 10
+    expected = (0.9**3 * trajectory[7] + trajectory[10]) / (0.9**3 + 1)
+    torch.testing.assert_close(ema.averages()["0"], expected)
 
 
 def test_optimal_decay_halves_the_initial_share_in_a_tenth_of_the_run() -> None:
@@ -276,6 +278,18 @@ def test_apply_then_restore() -> None:
     ema.apply_ema(backup=False)
     with pytest.raises(RuntimeError, match="nothing to restore"):
         ema.restore()
+
+
+def test_a_loaded_state_drops_the_backup() -> None:
+    """The weights that the model holds then are the raw ones: putting back older ones would undo them."""
+    model = tiny_gpt2()
+    ema = EMAModel(model)
+    state = ema.state_dict()
+    ema.apply_ema()
+    ema.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="nothing to restore"):
+        ema.restore()
+    ema.update()
 
 
 def test_misuse_while_applied_is_an_error_and_changes_nothing() -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +11,39 @@ import torch
 from torch.utils.data import DataLoader
 
 from forge.ema import EMACallback, load_ema_file
-
-SCRIPT = Path(__file__).with_name("ema_process.py")
-ROOT = SCRIPT.parents[2]
-
-
-def run(*arguments: str) -> None:
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+from tests.forge import ema_process
+from tests.forge.processes import run_python, succeeded, torchrun
 
 
 @pytest.fixture(scope="module")
-def script() -> dict[str, Any]:
-    return runpy.run_path(str(SCRIPT))
-
-
-@pytest.fixture(scope="module")
-def here(script: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in this process, one thread, global batch of four."""
     folder, threads = tmp_path_factory.mktemp("here"), torch.get_num_threads()
     torch.set_num_threads(1)
-    script["train"](folder, 4)
+    ema_process.train(folder, 4)
     torch.set_num_threads(threads)
     return folder
 
 
-def test_fresh_process_repeats_the_run_bitwise_and_applies_a_saved_state(
-    here: Path, script: dict[str, Any], tmp_path: Path
-) -> None:
+def test_fresh_process_repeats_the_run_bitwise_and_applies_a_saved_state(here: Path, tmp_path: Path) -> None:
     state = load_ema_file(here / "averages-0.safetensors")
-    ema = EMACallback(script["DECAYS"])
+    ema = EMACallback(ema_process.DECAYS)
     ema.load_ema_state(state)
     torch.save({"ema": ema.get_ema_state()}, tmp_path / "checkpoint.pt")
-    run(str(SCRIPT), "train+apply", str(tmp_path), "4")
+    succeeded(run_python(ema_process.__file__, "train+apply", tmp_path, 4))
 
     again = load_ema_file(tmp_path / "averages-0.safetensors")
     for label, averages in state["averages"].items():
         assert all(torch.equal(average, again["averages"][label][name]) for name, average in averages.items())
     applied = torch.load(tmp_path / "applied.pt", weights_only=True)
-    fresh = dict(script["make_model"]().named_parameters())
+    fresh = dict(ema_process.make_model().named_parameters())
     for name, average in state["averages"]["0.5"].items():
         assert torch.equal(applied[name], average)
     assert not all(torch.equal(applied[name], fresh[name]) for name in applied)
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(here: Path, tmp_path: Path) -> None:
-    run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), "train", str(tmp_path), "2"
-    )
+    succeeded(torchrun(ema_process.__file__, "train", tmp_path, 2))
     expected = load_ema_file(here / "averages-0.safetensors")
     for rank in (0, 1):
         state = load_ema_file(tmp_path / f"averages-{rank}.safetensors")
@@ -165,11 +144,11 @@ ema_callback.apply_ema(model)
 
 
 @pytest.fixture
-def guide(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the guide presupposes: a model, data and a working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    model = script["make_model"]()
+    model = ema_process.make_model()
     rows = torch.randint(0, 300, (8, 8), generator=torch.Generator().manual_seed(1))
     dataset = [{"input_ids": row, "labels": row} for row in rows]
     return {

@@ -20,7 +20,8 @@ from transformers import (
     set_seed,
 )
 
-from forge.ema import STATE_FILE, EMACallback, load_ema_file
+from forge.ema import STATE_FILE, EMACallback, load_ema_file, save_ema_file
+from tests.forge.tensors import names_moved, same, weights_of
 
 DECAYS = (0.5, 0.99)
 
@@ -77,14 +78,6 @@ def make_trainer(folder: Path, *callbacks: TrainerCallback, kind: type[Trainer] 
     )
 
 
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
 # Training and evaluation ----------------------------------------------------------------------------------------------
 
 
@@ -93,10 +86,10 @@ def test_one_update_per_optimizer_step_and_the_trajectory_is_untouched(tmp_path:
     trainer = make_trainer(tmp_path, ema, gradient_accumulation_steps=2)
     trainer.train()
     assert trainer.state.global_step == ema.ema.step == 5
-    assert not same(ema.ema.averages(0.5), weights_of(trainer))
+    assert not same(ema.ema.averages(0.5), weights_of(trainer.model))
     plain = make_trainer(tmp_path, gradient_accumulation_steps=2)
     plain.train()
-    assert same(weights_of(trainer), weights_of(plain))
+    assert same(weights_of(trainer.model), weights_of(plain.model))
 
 
 def test_average_follows_equation_1_over_the_trainers_steps(tmp_path: Path) -> None:
@@ -107,7 +100,7 @@ def test_average_follows_equation_1_over_the_trainers_steps(tmp_path: Path) -> N
     trajectory: list[dict[str, Tensor]] = []
     ema = EMACallback(0.5)
     trainer = make_trainer(tmp_path, ema, Record(), gradient_accumulation_steps=2)
-    expected = weights_of(trainer)
+    expected = weights_of(trainer.model)
     trainer.train()
     for weights in trajectory:
         expected = {name: 0.5 * average + 0.5 * weights[name] for name, average in expected.items()}
@@ -122,9 +115,9 @@ def test_metrics_of_the_averages(tmp_path: Path, kind: type[Trainer]) -> None:
     trainer.add_callback(ema)
     assert not any("ema" in key for key in trainer.evaluate())
     trainer.train()
-    raw = weights_of(trainer)
+    raw = weights_of(trainer.model)
     metrics = trainer.evaluate()
-    assert same(weights_of(trainer), raw)
+    assert same(weights_of(trainer.model), raw)
     quiet = make_trainer(tmp_path, kind=kind)
     quiet.model.load_state_dict(trainer.model.state_dict())
     assert metrics["eval_loss"] == quiet.evaluate()["eval_loss"]
@@ -179,7 +172,7 @@ def test_second_training_starts_anew(tmp_path: Path) -> None:
     ema = EMACallback(0.5)
     trainer = make_trainer(tmp_path, ema)
     trainer.train()
-    start = weights_of(trainer)
+    start = weights_of(trainer.model)
     trainer.args.max_steps, trainer.args.learning_rate = 2, 0.0
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.train()
@@ -223,7 +216,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tmp_path: Path, mo
     resumed.train(resume_from_checkpoint=str(checkpoint))
 
     assert resumed.state.global_step == second.ema.step == 5
-    assert same(weights_of(resumed), weights_of(uninterrupted))
+    assert same(weights_of(resumed.model), weights_of(uninterrupted.model))
     for decay in DECAYS:
         assert same(second.ema.averages(decay), whole.ema.averages(decay))
 
@@ -241,6 +234,42 @@ def test_resuming_without_the_averages_is_an_error_unless_they_are_loaded(tmp_pa
     assert second.ema.step == 5
 
 
+def test_the_checkpoint_counts_where_a_loaded_state_is_of_another_step(tmp_path: Path) -> None:
+    first, second = EMACallback(0.9), EMACallback(0.9)
+    make_trainer(tmp_path, first, Interrupt(3)).train()
+    second.load_ema_state(first.get_ema_state() | {"step": 2})
+    make_trainer(tmp_path, second).train(resume_from_checkpoint=True)
+    assert second.ema.step == 5
+
+
+def test_averages_are_applied_to_a_model_in_which_more_trains(tmp_path: Path) -> None:
+    ema = EMACallback(0.5)
+    trainer = make_trainer(tmp_path, ema, max_steps=1)
+    trainer.model.transformer.wte.weight.requires_grad_(False)
+    trainer.train()
+    fresh = make_trainer(tmp_path).model
+    ema.apply_ema(fresh)
+    assert names_moved(ema.ema.averages(), fresh) == set()
+    assert "transformer.wte.weight" not in ema.ema.averages()
+
+
+def test_averages_of_another_step_in_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    first = EMACallback(0.9)
+    make_trainer(tmp_path, first, Interrupt(3)).train()
+    save_ema_file(first.get_ema_state() | {"step": 7}, tmp_path / "checkpoint-3" / STATE_FILE)
+    with pytest.raises(ValueError, match=r"must be of step 3, got step 7; use an unmixed checkpoint"):
+        make_trainer(tmp_path, EMACallback(0.9)).train(resume_from_checkpoint=True)
+
+
+def test_a_callback_that_resumes_twice_reads_each_checkpoint(tmp_path: Path) -> None:
+    again, once = EMACallback(0.9), EMACallback(0.9)
+    for folder, learning_rate in (("one", 1e-2), ("other", 1e-3)):
+        make_trainer(tmp_path / folder, EMACallback(0.9), Interrupt(3), learning_rate=learning_rate).train()
+        make_trainer(tmp_path / folder, again).train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-3"))
+    make_trainer(tmp_path / "other", once).train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-3"))
+    assert same(again.ema.averages(), once.ema.averages())
+
+
 def test_best_model_by_the_metric_of_an_average(tmp_path: Path) -> None:
     class WorseAfterTwo(Trainer):
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,7 +281,7 @@ def test_best_model_by_the_metric_of_an_average(tmp_path: Path) -> None:
     class AtTwo(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
-                kept.append(({n: t.clone() for n, t in ema.ema.averages(0.99).items()}, weights_of(trainer)))
+                kept.append(({n: t.clone() for n, t in ema.ema.averages(0.99).items()}, weights_of(trainer.model)))
 
     kept: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     ema = EMACallback(DECAYS)
@@ -262,7 +291,7 @@ def test_best_model_by_the_metric_of_an_average(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.best_metric == 1.0 and trainer.state.best_global_step == 2
     averages, weights = kept[0]
-    assert same(weights_of(trainer), weights)
+    assert same(weights_of(trainer.model), weights)
     assert same(ema.ema.averages(0.99), averages) and ema.ema.step == 2
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert load_ema_file(tmp_path / "checkpoint-2" / STATE_FILE)["step"] == 2

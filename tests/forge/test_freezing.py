@@ -33,6 +33,7 @@ from forge.freezing import (
     unfreeze,
 )
 from forge.layers import NoLayersError, find_layers
+from tests.forge.tensors import names_moved, weights_of
 
 CAUSAL, MASKED, SEQ2SEQ = AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 LLAMA = {
@@ -105,10 +106,6 @@ def train(model: nn.Module, steps: int = 3) -> None:
         optimizer.step()
 
 
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def trainable(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -143,10 +140,9 @@ def test_lower_half_is_bitwise_unchanged_and_out_of_the_backward_pass(family: st
     assert all(p.requires_grad for layer in layers[2:] for p in layer.module.parameters())
     assert outputs_with_gradient(model) == [False, False, True, True]
 
-    before = snapshot(model)
+    before = weights_of(model)
     train(model)
-    after = snapshot(model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    moved = names_moved(before, model)
     assert moved.isdisjoint(report.parameters)
     assert all(any(name.startswith(f"{layer.name}.") for name in moved) for layer in layers[2:])
 
@@ -265,10 +261,9 @@ def test_a_gradient_that_is_left_moves_nothing() -> None:
     optimizer.step()  # state with momentum for all
     backward(model)
     report = setup_lp_lora_style(model)
-    before = snapshot(model)
+    before = weights_of(model)
     optimizer.step()
-    after = snapshot(model)
-    assert {name for name in before if torch.equal(before[name], after[name])} == set(report.parameters)
+    assert before.keys() - names_moved(before, model) == set(report.parameters)
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------
@@ -333,10 +328,9 @@ def test_under_lora_only_the_upper_adapters_train_and_base_weights_never_do() ->
     report = setup_lp_lora_style(model)
     upper = {name for name in adapters if re.search(r"layers\.[23]\.", name)}
     assert trainable(model) == upper and len(upper) == len(adapters) // 2
-    before = snapshot(model)
+    before = weights_of(model)
     train(model)
-    after = snapshot(model)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == upper
+    assert names_moved(before, model) == upper
     unfreeze(model, report)
     assert trainable(model) == adapters
 
@@ -425,7 +419,8 @@ def test_base_weights_under_adapters_and_quantised_weights_save_nothing(tmp_path
     model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=nf4)
     model.requires_grad_(False)
     model.packed = type("Packed", (nn.Parameter,), {})(torch.zeros(9), requires_grad=False)  # torchao: floats by dtype
-    plain = sum(p.numel() for n, p in model.named_parameters() if "proj" not in n and n != "packed")
+    model.float8 = nn.Parameter(torch.zeros(9).to(torch.float8_e4m3fn), requires_grad=False)
+    plain = sum(p.numel() for n, p in model.named_parameters() if "proj" not in n and n not in ("packed", "float8"))
     saved = get_memory_savings_estimate(model)["gradient_saved_gb"]
     assert saved == plain * model.model.norm.weight.element_size() / 1e9
     model = with_lora(model)

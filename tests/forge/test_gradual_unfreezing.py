@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.training_args import ParallelMode
 
 from forge.freezing import GradualUnfreezing, _check_parallel, setup_lp_lora_style
-
-SCRIPT = Path(__file__).with_name("freezing_process.py")
-ROOT = SCRIPT.parents[2]
-script = runpy.run_path(str(SCRIPT))
-make_model, make_trainer = script["make_model"], script["make_trainer"]
+from tests.forge import freezing_process
+from tests.forge.freezing_process import make_model, make_trainer
+from tests.forge.processes import ROOT, run_python, succeeded, torchrun
+from tests.forge.tensors import same, weights_of
 
 
 class Watch(TrainerCallback):
@@ -39,10 +34,10 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.trainable.append({n for n, p in kw["model"].named_parameters() if p.requires_grad})
         if not self.weights:
-            self.weights.append(snapshot(kw["model"]))
+            self.weights.append(weights_of(kw["model"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        self.weights.append(snapshot(kw["model"]))
+        self.weights.append(weights_of(kw["model"]))
         self.states.append(len(kw["optimizer"].state))
         if state.global_step == self.stop_at:
             control.should_training_stop = control.should_save = True
@@ -53,16 +48,8 @@ class Watch(TrainerCallback):
         return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def snapshot(model: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def layers_in(names: set[str]) -> list[int]:
     return sorted({int(found[1]) for name in names if (found := re.search(r"\.(?:layers|h)\.(\d+)\.", name))})
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -128,7 +115,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, unit: Any,
     watch = Watch()
     resumed = run("parts", watch, resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{stop_at}"))
     assert len(watch.states) == 9 - stop_at
-    assert same(snapshot(whole.model), snapshot(resumed.model))
+    assert same(weights_of(whole.model), weights_of(resumed.model))
     left, right = (t.optimizer.state_dict()["state"] for t in (whole, resumed))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[p]["exp_avg_sq"], right[p]["exp_avg_sq"]) for p in left)
@@ -143,6 +130,16 @@ def test_peft_models_unfreeze_adapters_only(tmp_path: Path) -> None:
     assert [layers_in(names) for names in watch.trainable[::3]] == [[3], [2, 3], [1, 2, 3]]
     assert all(names <= adapters for names in watch.trainable)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == adapters
+
+
+def test_what_two_layers_share_joins_with_the_lower_one(tmp_path: Path) -> None:
+    """As in Zamba, whose blocks share their attention."""
+    model, watch = make_model(), Watch()
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    make_trainer(tmp_path, GradualUnfreezing(2, every=3, unit="step"), watch, model=model).train()
+    assert [layers_in(names) for names in watch.trainable[::3]] == [[2, 3], [1, 2, 3], [0, 1, 2, 3]]
+    shared = {f"model.layers.0.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert [shared <= names for names in watch.trainable[::3]] == [False, False, True]
 
 
 def test_what_was_frozen_before_stays_frozen_and_takes_no_stage(tmp_path: Path) -> None:
@@ -181,21 +178,12 @@ def test_a_second_training_starts_from_the_top_again_also_after_an_error(tmp_pat
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def launch(*arguments: str) -> str:
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(SCRIPT), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    return "" if done.returncode == 0 else done.stderr
-
-
 @pytest.mark.parametrize("checkpointing", [[], pytest.param(["checkpointing"], marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(tmp_path: Path, checkpointing: list[str]) -> None:
-    assert launch(str(tmp_path), "2", *checkpointing) == ""
+    succeeded(torchrun(freezing_process.__file__, tmp_path, 2, *checkpointing))
     first, second = (torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same(first, second)
-    script["train"](tmp_path, 4)
+    freezing_process.train(tmp_path, 4)
     for name, weight in torch.load(tmp_path / "weights-0.pt", weights_only=True).items():
         torch.testing.assert_close(first[name], weight, rtol=1e-3, atol=1e-4)
 
@@ -277,11 +265,8 @@ def test_what_the_page_says_of_smollm2() -> None:
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    options = ["--model-size", "tiny", "--rounds", "6", "--sequence-length", "8", "--json", str(tmp_path / "ms.json")]
-    command = [sys.executable, str(ROOT / "benchmarks" / "freezing.py"), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    options = ["--model-size", "tiny", "--rounds", "6", "--sequence-length", "8", "--json", tmp_path / "ms.json"]
+    succeeded(run_python(ROOT / "benchmarks" / "freezing.py", *options))
     figures = json.loads((tmp_path / "ms.json").read_text())
     assert [row["ratio"] for row in figures["rows"]] == [0.0, 0.5, 0.75]
     assert figures["rows"][0]["of_full_step"] == 1.0 and all(len(times) == 6 for times in figures["ms"].values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,8 +332,11 @@ def test_a_model_on_meta_needs_no_memory_to_be_estimated() -> None:
 
 
 def test_more_tokens_than_positions_warn() -> None:
-    with pytest.warns(UserWarning, match="at most the model's 2048 positions, got 4096"):
-        estimate_model_memory(llama(), 1, 4096)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate_model_memory(llama(), 1, 2048)
+    with pytest.warns(UserWarning, match="at most the model's 2048 positions, got 2049"):
+        estimate_model_memory(llama(), 1, 2049)
 
 
 def vit() -> nn.Module:

@@ -1,16 +1,10 @@
-"""Gradient health, MonitorCallback in the Trainer, and the table of blocks (section «Training Monitor» of THEORY.md).
-
-``torchrun tests/forge/test_monitor.py FOLDER`` trains on two processes, one of which has a poisoned batch.
-"""
+"""MonitorCallback in the Trainer and in two processes (section «Training Monitor» of THEORY.md)."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,174 +12,27 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from torch import Tensor, nn
-from transformers import (
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from forge.monitor import (
-    HISTORY_FILE,
-    MonitorCallback,
-    NoGradientsError,
-    check_gradient_health,
-    model_blocks,
-    print_model_info,
-)
-
-UP_PROJ = "model.layers.1.mlp.up_proj.weight"
-
-
-def make_model(**options: Any) -> LlamaForCausalLM:
-    set_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=100, use_cache=False, **options)
-    return LlamaForCausalLM(config)
-
-
-def after_backward(model: nn.Module) -> nn.Module:
-    rows = torch.randint(0, 100, (2, 8), generator=torch.Generator().manual_seed(1))
-    model(input_ids=rows, labels=rows).loss.backward()
-    return model
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return after_backward(make_model())
-
-
-def gradient(model: nn.Module, name: str) -> Tensor:
-    found = model.get_parameter(name).grad
-    assert found is not None
-    return found
-
-
-# check_gradient_health ------------------------------------------------------------------------------------------------
-
-
-def test_norms_are_those_of_torch_and_a_healthy_model_has_no_findings(model: nn.Module) -> None:
-    report = check_gradient_health(model)
-    expected = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
-    assert report.norms == pytest.approx(expected, rel=1e-6)
-    assert report.total_norm == pytest.approx(float(nn.utils.clip_grad_norm_(model.parameters(), math.inf)), rel=1e-6)
-    assert report.healthy and report.findings == report.without_gradient == ()
-    assert "healthy" in str(report)
-
-
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [(math.nan, "nan"), (math.inf, "inf"), (1e4, "exploding"), (0.0, "vanishing"), (1e-12, "vanishing")],
-)
-def test_finding_names_the_parameter_its_layer_and_what_to_try(model: nn.Module, value: float, kind: str) -> None:
-    gradient(model, UP_PROJ).fill_(value)
-    report = check_gradient_health(model)
-    [finding] = report.findings
-    assert (finding.parameter, finding.layer, finding.kind) == (UP_PROJ, "model.layers.1", kind)
-    assert not report.healthy and report.count(finding.kind) == 1
-    text = str(report)
-    assert f"{kind} in 1 parameter, in model.layers.1: {UP_PROJ}" in text
-    assert ("exactly 0" in text) == (value == 0)
-
-
-def test_one_nan_beside_infinities_is_nan_and_a_parameter_outside_the_layers_has_no_layer(model: nn.Module) -> None:
-    gradient(model, "lm_head.weight")[:2, 0] = torch.tensor([math.nan, math.inf])
-    [finding] = check_gradient_health(model).findings
-    assert (finding.layer, finding.kind) == (None, "nan")
-
-
-def test_thresholds_are_strict_and_the_loss_scale_is_taken_out(model: nn.Module) -> None:
-    bias = nn.Linear(1, 1, bias=False)
-    bias.weight.grad = torch.full((1, 1), 8.0)
-    assert check_gradient_health(bias, exploding_above=8.0).healthy
-    assert check_gradient_health(bias, vanishing_below=8.0).healthy
-    assert not check_gradient_health(bias, exploding_above=7.9).healthy
-    assert check_gradient_health(bias, scale=4.0).norms == {"weight": 2.0}
-
-
-def test_norms_take_one_fused_call_per_dtype_and_half_precision_does_not_overflow(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
-    fused = torch._foreach_norm
-    monkeypatch.setattr(torch, "_foreach_norm", lambda t, *a: (calls.append(len(t)), fused(t, *a))[1])
-    norms = check_gradient_health(model).norms
-    assert norms == pytest.approx({n: float(p.grad.double().norm()) for n, p in model.named_parameters()}, rel=1e-5)
-    half = nn.Linear(300, 300).half()
-    assert half.bias is not None
-    half.weight.grad, half.bias.grad = torch.full_like(half.weight, 1000.0), torch.ones_like(half.bias)
-    report = check_gradient_health(half, exploding_above=1e6)
-    assert calls == [2]
-    assert report.healthy and report.norms["weight"] == pytest.approx(3e5, rel=1e-4)  # fp16 ends at 65504
-
-
-def test_model_without_layers_sparse_gradients_and_parameters_outside_the_loss() -> None:
-    network = nn.ModuleDict({"table": nn.Embedding(5, 2, sparse=True), "unused": nn.Linear(2, 2)})
-    network["table"](torch.tensor([1, 1])).sum().backward()
-    report = check_gradient_health(network)
-    assert report.norms == pytest.approx({"table.weight": math.sqrt(8)})
-    assert report.without_gradient == ("unused.weight", "unused.bias") and report.healthy
-    assert "unused.weight" in str(report)
-    assert network["table"].weight.grad is not None
-    network["table"].weight.grad *= math.nan
-    assert check_gradient_health(network).findings[0].layer is None
-
-
-def test_bad_input_says_rule_value_and_fix(model: nn.Module) -> None:
-    fresh = make_model()
-    with pytest.raises(NoGradientsError, match=r"got none in its 30 trainable parameters; check after backward\(\)"):
-        check_gradient_health(fresh)
-    with pytest.raises(NoGradientsError, match="all parameters are frozen; unfreeze"):
-        check_gradient_health(fresh.requires_grad_(False))
-    with pytest.raises(TypeError, match=r"must be an nn\.Module, got dict"):
-        check_gradient_health({})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"0 < vanishing_below < exploding_above, got 10.0 and 1.0"):
-        check_gradient_health(model, vanishing_below=10.0, exploding_above=1.0)
-    with pytest.raises(TypeError, match="vanishing_below must be a number, got True"):
-        check_gradient_health(model, vanishing_below=True)
-    with pytest.raises(ValueError, match="scale must be finite and positive, got 0"):
-        check_gradient_health(model, scale=0.0)
-
-
-# MonitorCallback ------------------------------------------------------------------------------------------------------
-
-
-class Poisoned(Trainer):
-    """Multiplies the loss at given optimizer steps (from 1), on given processes."""
-
-    factors: dict[int, float]
-    rank: int | None = None
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
-        here = self.rank is None or self.rank == self.args.process_index
-        factor = self.factors.get(self.state.global_step + 1, 1.0) if here else 1.0
-        return (loss[0] * factor, *loss[1:]) if isinstance(loss, tuple) else loss * factor
+from forge.monitor import HISTORY_FILE, MonitorCallback, MonitorRecord, NoGradientsError
+from tests.forge.monitor_process import make_model, make_trainer
+from tests.forge.processes import succeeded, torchrun
+from tests.forge.tensors import same, weights_of
 
 
 class Snapshots(TrainerCallback):
     """Weights and optimizer state before and after every optimizer step."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.taken: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self.rates: list[float] = []
 
     def _take(self, **kwargs: Any) -> None:
-        states = kwargs["optimizer"].state_dict()["state"].values()
-        self.taken.append(
-            (
-                [p.detach().clone() for p in kwargs["model"].parameters()],
-                [v.clone() for state in states for v in state.values()],
-            )
-        )
+        states = kwargs["optimizer"].state_dict()["state"].items()
+        copies = {f"{index}/{name}": v.clone() for index, state in states for name, v in state.items()}
+        self.taken.append((weights_of(kwargs["model"]), copies))
         self.rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -193,36 +40,6 @@ class Snapshots(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._take(**kwargs)
-
-
-def make_trainer(
-    folder: Path, *callbacks: TrainerCallback, poison: dict[int, float] | None = None, **options: Any
-) -> Poisoned:
-    """Six optimizer steps with clipping, logged one by one."""
-    network = options.pop("model", None) or make_model()
-    rows = torch.randint(0, 100, (48, 8), generator=torch.Generator().manual_seed(1))
-    settings: dict[str, Any] = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "logging_nan_inf_filter": False,
-    }
-    fixed = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0, "dataloader_pin_memory": False}
-    trainer = Poisoned(
-        model=network,
-        args=TrainingArguments(output_dir=str(folder), **(settings | fixed | options)),
-        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-        callbacks=list(callbacks),
-    )
-    trainer.factors = poison or {}
-    return trainer
-
-
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def logged(trainer: Trainer, name: str) -> list[float]:
@@ -283,7 +100,7 @@ def test_stopping_keeps_the_weights_of_the_step_before(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, MonitorCallback(on_unhealthy="stop"), snapshots, poison={3: math.nan})
     trainer.train()
     assert trainer.state.global_step == 3
-    assert same(snapshots.taken[2][0], [p.detach() for p in trainer.model.parameters()])
+    assert same(snapshots.taken[2][0], weights_of(trainer.model))
 
 
 def test_warning_lets_the_step_happen_and_says_once_what_to_try(
@@ -346,6 +163,24 @@ def test_loss_spike_and_loss_alone(tmp_path: Path) -> None:
     record = monitor.history[11]
     assert (dict(record.counts), record.action, record.grad_norm) == ({"loss_spike": 1}, "warn", None)
     assert not logged(trainer, "monitor/grad_norm") and sum(logged(trainer, "monitor/loss_spike_steps")) == 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "limit"),
+    [
+        ([*range(1, 12)], 6 + 6 * 1.4826 * 3),  # median 6, median distance from it 3
+        ([2.0] * 10, 2 + 6 * 0.02),  # a hundredth of the median at least
+        ([2.0] * 10 + [math.nan, math.inf] * 20, 2 + 6 * 0.02),
+        ([50.0] * 60 + [2.0] * 50, 2 + 6 * 0.02),  # the last 50 alone
+        ([2.0] * 9 + [math.nan], math.inf),  # too few to tell
+    ],
+    ids=["spread", "no spread", "not finite", "window", "few"],
+)
+def test_a_spike_by_hand(losses: list[float], limit: float) -> None:
+    monitor = MonitorCallback()
+    monitor.history.extend(MonitorRecord(1, loss, None, {}, (), "none") for loss in losses)
+    assert monitor._loss_problem(min(limit, 1e9) - 0.001) is None
+    assert limit == math.inf or monitor._loss_problem(limit + 0.001) == "loss_spike"
 
 
 def test_history_survives_a_resume(tmp_path: Path) -> None:
@@ -414,16 +249,13 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], error: type[
 
 def test_two_processes_decide_alike(tmp_path: Path) -> None:
     """Rank 1 alone has a NaN loss: both skip that step, and both then have the same weights."""
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    left, right = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    succeeded(torchrun("-m", "tests.forge.monitor_process", tmp_path))
+    left, right = (json.loads((tmp_path / f"history-{rank}.json").read_text()) for rank in (0, 1))
     assert left == right
-    assert [record["action"] for record in left["history"]] == ["none", "none", "skip", "none"]
-    assert left["finite"]
+    assert [record["action"] for record in left] == ["none", "none", "skip", "none"]
+    first, second = (torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert same(first, second)
+    assert all(bool(weight.isfinite().all()) for weight in first.values())
 
 
 def test_a_model_in_which_nothing_trains_is_refused_before_training(tmp_path: Path) -> None:
@@ -431,99 +263,3 @@ def test_a_model_in_which_nothing_trains_is_refused_before_training(tmp_path: Pa
     trainer.model.requires_grad_(False)
     with pytest.raises(NoGradientsError, match="all parameters are frozen; unfreeze"):
         trainer.train()
-
-
-def train_on_two_processes(folder: Path) -> None:
-    monitor = MonitorCallback(on_unhealthy="skip")
-    trainer = make_trainer(folder, monitor, poison={3: math.nan}, max_steps=4, gradient_accumulation_steps=2)
-    trainer.rank = 1
-    trainer.train()
-    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    report = {
-        "history": [{"grad_norm": str(r.grad_norm), "loss": str(r.loss), "action": r.action} for r in monitor.history],
-        "weights": float(weights.double().sum()),
-        "finite": bool(weights.isfinite().all()),
-    }
-    (folder / f"{trainer.args.process_index}.json").write_text(json.dumps(report))
-    torch.distributed.destroy_process_group()
-
-
-# print_model_info -----------------------------------------------------------------------------------------------------
-
-
-def printed(model: nn.Module, **options: Any) -> str:
-    console = Console(width=120, record=True, quiet=True)
-    console.quiet = False
-    with console.capture() as capture:
-        print_model_info(model, console=console, **options)
-    return capture.get()
-
-
-@pytest.mark.parametrize("breakdown", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_blocks_are_a_partition_with_tied_weights_once(tied: bool, breakdown: bool) -> None:
-    network = make_model(tie_word_embeddings=tied)
-    blocks = [block for block in model_blocks(network, breakdown=breakdown) if block.depth == 0]
-    assert sum(block.parameters for block in blocks) == sum(p.numel() for p in network.parameters())
-    assert sum(block.stored_bytes for block in blocks) == sum(p.numel() * 4 for p in network.parameters())
-    names = [block.name for block in blocks]
-    stack = "model.layers.0–2 (3 layers)" if breakdown else "model.layers (3 layers)"
-    assert names == ["Embeddings", stack, "Other", *([] if tied else ["Head"])]
-
-
-def test_breakdown_splits_where_layers_differ_and_adds_up() -> None:
-    network = make_model()
-    network.model.layers[0].requires_grad_(False)
-    network.model.layers[0].bfloat16()
-    blocks = model_blocks(network, breakdown=True)
-    frozen, rest = (block for block in blocks if block.name.startswith("model.layers"))
-    assert (frozen.name, frozen.trainable, frozen.dtypes) == ("model.layers.0", 0, ("bfloat16",))
-    assert (rest.name, rest.trainable, rest.dtypes) == ("model.layers.1–2 (2 layers)", rest.parameters, ("float32",))
-    parts = blocks[blocks.index(rest) + 1 :][:4]
-    assert [part.name for part in parts] == ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
-    assert sum(part.parameters for part in parts) == rest.parameters
-    text = printed(network, show_breakdown=True)
-    assert "self_attn" in text and "bfloat16" in text and f"{sum(p.numel() for p in network.parameters()):,}" in text
-    assert "self_attn" not in printed(network)
-
-
-def test_adapters_are_a_block_of_their_own() -> None:
-    network = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    blocks = {block.name: block for block in model_blocks(network)}
-    adapters = blocks.pop("Adapters")
-    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    assert adapters.parameters == adapters.trainable == trainable
-    assert not any(block.trainable for block in blocks.values())
-    assert "model.layers (3 layers)" in blocks
-
-
-def test_quantised_weights_by_real_number_and_bytes(tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    network = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=nf4)
-    [stack] = [block for block in model_blocks(network) if block.name.startswith("model.layers")]
-    linear = [m for m in network.model.layers.modules() if isinstance(m, nn.Linear)]
-    assert stack.parameters == sum(m.in_features * m.out_features for m in linear) + 6 * 32
-    packed = sum(m.in_features * m.out_features // 2 for m in linear)
-    assert stack.stored_bytes > packed + 6 * 32 * 4  # with the quantisation state
-    assert stack.dtypes == ("nf4", "float32")
-
-
-def test_encoder_decoder_and_models_without_layers() -> None:
-    config = T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=50)
-    names = [block.name for block in model_blocks(T5ForConditionalGeneration(config))]
-    assert names[:3] == ["Embeddings", "encoder.block (2 layers)", "decoder.block (2 layers)"]
-    [block] = model_blocks(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
-    assert (block.name, block.parameters) == ("Other", 16)
-    assert "Total" in printed(nn.ReLU())
-
-
-def test_model_info_refuses_what_is_no_model() -> None:
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
-        print_model_info("gpt2")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="show_breakdown must be True or False, got 1"):
-        print_model_info(make_model(), show_breakdown=1)  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    train_on_two_processes(Path(sys.argv[1]))

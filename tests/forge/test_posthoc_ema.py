@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+import forge.posthoc_ema
 from forge.ema import EMACallback
 from forge.posthoc_ema import (
     PostHocEMACallback,
@@ -77,6 +78,15 @@ def test_a_stored_profile_is_found_again():
     assert shares == pytest.approx([0, 0, 1, 0], abs=1e-5)
 
 
+def test_long_runs_are_compared_in_parts(monkeypatch):
+    stored = [power_profile(gamma_of(width), at) for at in (50, 100) for width in (0.05, 0.1)]
+    wanted = power_profile(gamma_of(0.08), 100)
+    whole = combine(stored, wanted)
+    monkeypatch.setattr(forge.posthoc_ema, "_CHUNK_STEPS", 7)
+    parts = combine(stored, wanted)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6) and parts[1] == pytest.approx(whole[1], rel=1e-6)
+
+
 def test_profiles_sum_to_one():
     assert exponential_profile(0.9, 200).sum() == pytest.approx(1)
     assert power_profile(6.94, 200).sum() == pytest.approx(1)
@@ -104,6 +114,16 @@ def run(tmp_path_factory):
     direct = EMACallback(decay=(0.8, 0.95), evaluate=False, bias_correction=True)
     model = train(folder / "out", [PostHocEMACallback(folder / "snapshots", every_steps=4), direct])
     return folder, direct, model
+
+
+def test_the_last_step_is_stored_too_and_by_the_process_that_saves_alone(tmp_path, monkeypatch):
+    train(tmp_path / "out", [PostHocEMACallback(tmp_path / "snapshots", every_steps=4)], steps=6)
+    assert sorted((tmp_path / "snapshots").iterdir()) == [
+        snapshot_path(tmp_path / "snapshots", step) for step in (4, 6)
+    ]
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    train(tmp_path / "out", [PostHocEMACallback(tmp_path / "none", every_steps=4)], steps=6)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("decay", [0.8, 0.95])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -15,9 +16,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 from trl.trainer.dpo_config import DPOConfig
 
 from forge import get_preset
+from forge.adapters import WeightLoraCallback
 from forge.ema import EMACallback
 from forge.presets import PRESETS, AdapterPreset
+from forge.presets.adapters import task_type_of
 from tests.forge.presets_models import make_examples, make_model
+from tests.forge.tensors import names_moved, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -71,6 +75,59 @@ def test_every_preset_has_defaults_without_findings_and_training_arguments(name:
     assert arguments.activation_checkpointing == preset.gradient_checkpointing
     with pytest.raises(FrozenInstanceError):
         preset.learning_rate = 1.0
+
+
+CHANGED: dict[str, Any] = {
+    "lora_r": 5,
+    "lora_alpha": 7,
+    "lora_dropout": 0.25,
+    "target_modules": ["q_proj"],
+    "task_type": "TOKEN_CLS",
+    "init_r": 13,
+    "target_r": 3,
+    "total_step": 77,
+    "tinit": 2,
+    "tfinal": 2,
+    "deltaT": 3,
+    "orth_reg_weight": 0.3,
+    "top_k": 2,
+    "bottleneck": 3,
+    "num_virtual_tokens": 3,
+    "encoder_hidden_size": 9,
+}
+"""Another value than its default for every option that PEFT's configuration of an adapter must have."""
+
+
+@pytest.mark.parametrize("name", [name for name, kind in PRESETS.items() if issubclass(kind, AdapterPreset)])
+def test_every_option_of_an_adapter_reaches_its_configuration(name: str) -> None:
+    def config(**overrides: Any) -> dict[str, Any]:
+        return preset_for(name, **({"task_type": "CAUSAL_LM"} | overrides)).get_peft_config().to_dict()
+
+    elsewhere = {"prune_at_step", "bnb_4bit_use_double_quant"}
+    own = set(PRESETS[name].option_names()) - set(PRESETS["sft"].option_names()) - elsewhere
+    assert own
+    for option in own:
+        needed = {"prune_at_step": 1} if option == "top_k" else {}
+        assert config(**{option: CHANGED[option]}, **needed) != config(), option
+
+
+@pytest.mark.parametrize(
+    ("class_name", "encoder_decoder", "task"),
+    [
+        ("T5ForConditionalGeneration", True, "SEQ_2_SEQ_LM"),
+        ("LlavaForConditionalGeneration", False, "CAUSAL_LM"),
+        ("LlamaForCausalLM", False, "CAUSAL_LM"),
+        ("GPT2LMHeadModel", False, "CAUSAL_LM"),
+        ("BertForSequenceClassification", False, "SEQ_CLS"),
+        ("BertForTokenClassification", False, "TOKEN_CLS"),
+        ("BertForQuestionAnswering", False, "QUESTION_ANS"),
+        ("BertForMaskedLM", False, None),
+    ],
+)
+def test_the_task_is_that_of_the_head(class_name: str, encoder_decoder: bool, task: str | None) -> None:
+    model = type(class_name, (torch.nn.Module,), {})()
+    model.config = SimpleNamespace(is_encoder_decoder=encoder_decoder)
+    assert task_type_of(model) == task
 
 
 def test_dpo_arguments_carry_beta() -> None:
@@ -164,6 +221,10 @@ def test_bad_options(name: str, overrides: dict[str, Any], message: str) -> None
         get_preset(name, **overrides)
 
 
+def test_both_ends_of_a_range_belong_to_it() -> None:
+    assert [get_preset("sft", freeze_ratio=end).freeze_ratio for end in (0, 1)] == [0, 1]
+
+
 def test_presets_without_lora_or_quantisation_say_so() -> None:
     with pytest.raises(ValueError, match="get_lora_config\\(\\) needs a preset with LoRA, got 'sft'; use 'lora'"):
         get_preset("sft").get_lora_config()
@@ -192,10 +253,12 @@ def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("lora", {"learning_rate": 0.1}, "learning_rate=0.1 is above"),
         ("lora", {"learning_rate": 2e-5}, "learning_rate=2e-05 is below"),
         ("lora", {"lora_alpha": 256}, "lora_alpha / rank = 16"),
+        ("lora", {"lora_alpha": 2}, "lora_alpha / rank = 0.125"),
         ("adalora", {"gradient_accumulation_steps": 4}, "orthogonality penalty once a micro-batch"),
         ("sft", {"warmup_steps": 0}, "no warm-up"),
         ("sft", {"max_grad_norm": 0}, "max_grad_norm=0"),
         ("classic", {"per_device_train_batch_size": 64}, "a batch of 64 sequences"),
+        ("classic", {"per_device_train_batch_size": 2}, "a batch of 2 sequences"),
         ("classic", {"learning_rate": 8e-5}, "above the 5e-5"),
     ],
 )
@@ -216,7 +279,8 @@ def test_findings_without_an_accelerator() -> None:
 
 def test_warm_up_longer_than_the_run() -> None:
     assert "warmup_steps=500 of 100 steps" in get_preset("classic").validate(total_steps=100)[0]
-    assert get_preset("classic").validate(total_steps=10_000) == []
+    assert "warmup_steps=500 of 500 steps" in get_preset("classic").validate(total_steps=500)[0]
+    assert get_preset("classic").validate(total_steps=501) == []
 
 
 # prepare()
@@ -230,13 +294,20 @@ def test_every_preset_trains_every_shape(name: str, family: str, tmp_path: Path)
     set_seed(0)
     model = preset.prepare(make_model(family))
     assert isinstance(model, PeftModel) == isinstance(preset, AdapterPreset)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = weights_of(model)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     arguments = preset.get_training_args(max_steps=4, report_to=[], save_strategy="no", disable_tqdm=True)
     Trainer(model, arguments, train_dataset=make_examples(family) * 8, callbacks=preset.callbacks()).train()
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    moved = names_moved(before, model)
     assert moved <= trainable
     assert len(moved) > 0.4 * len(trainable), f"only {moved} moved"
+
+
+@pytest.mark.parametrize("name", ["sft", "lora"])
+def test_a_prepared_model_keeps_no_cache(name: str) -> None:
+    base = make_model("llama")
+    assert base.config.use_cache
+    assert not get_preset(name).prepare(base).config.use_cache
 
 
 def test_lora_and_freezing_train_the_upper_layers_only() -> None:
@@ -295,7 +366,8 @@ def test_callbacks() -> None:
         "EMACallback",
     ]
     assert get_preset("weightlora").callbacks() == []
-    assert len(get_preset("weightlora", top_k=2, prune_at_step=1).callbacks()) == 1
+    (pruning,) = get_preset("weightlora", top_k=2, prune_at_step=3).callbacks()
+    assert isinstance(pruning, WeightLoraCallback) and pruning.prune_at_step == 3
 
 
 def test_prompt_learning_needs_a_task_that_peft_knows() -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, set_seed
 
 from forge import get_preset
 from forge.presets.offload import offload_arguments
-from tests.forge.presets_models import make_examples, make_model
+from tests.forge.presets_models import FAMILIES, make_examples, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -51,6 +51,24 @@ def test_accumulation_equals_the_full_batch(family: str, name: str, tmp_path: Pa
     accumulated = gradient(family, tmp_path, name, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert full.norm() > 1e-3
     torch.testing.assert_close(accumulated, full, rtol=0, atol=1e-6)
+
+
+class ForgetfulForCausalLM(LlamaForCausalLM):
+    """It predicts the next token, as a Llama does, and does not pass on how many labels there are."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+
+def test_accumulation_counts_the_labels_that_are_left_after_the_shift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_model("llama").config
+    monkeypatch.setitem(FAMILIES, "forgetful", lambda: ForgetfulForCausalLM(config))
+    full = gradient("forgetful", tmp_path, per_device_train_batch_size=4)
+    torch.testing.assert_close(full, gradient("llama", tmp_path, per_device_train_batch_size=4))
+    parts = gradient("forgetful", tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    torch.testing.assert_close(parts, full, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])

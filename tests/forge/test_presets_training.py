@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trl import DPOTrainer
 
 from forge import get_preset, setup_lp_lora_style
 from tests.forge.presets_models import make_examples, make_model
+from tests.forge.tensors import names_moved, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -58,11 +60,10 @@ def test_qlora_trains_adapters_on_packed_weights(folder: Path, tmp_path: Path) -
     assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) == 28  # 14 with and 14 inside a LoRA layer
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trainable and all("lora_" in n and "layers.1." in n for n in trainable)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = weights_of(model)
     arguments = preset.get_training_args(max_steps=3, report_to=[], save_strategy="no", disable_tqdm=True)
     Trainer(model, arguments, train_dataset=make_examples("llama") * 16).train()
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == set(trainable)
+    assert names_moved(before, model) == set(trainable)
 
 
 def test_gradients_of_qlora_stay_right_after_an_evaluation(folder: Path) -> None:
@@ -86,15 +87,41 @@ def test_gradients_of_qlora_stay_right_after_an_evaluation(folder: Path) -> None
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def narrow_llama(folder: Path, hidden_size: int) -> Path:
+    config = LlamaConfig(
+        vocab_size=120, hidden_size=hidden_size, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("hidden_size", [64, 96])
+def test_rows_that_are_no_whole_blocks_warn_on_a_cpu(tmp_path: Path, hidden_size: int) -> None:
+    preset = get_preset("qlora")
+    model = load_4bit(narrow_llama(tmp_path, hidden_size), preset)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        preset.prepare(model)
+    said = [str(w.message) for w in caught if "whole blocks of 64 on a CPU" in str(w.message)]
+    assert len(said) == (hidden_size % 64 > 0)
+    assert all("got 96 inputs in" in message for message in said)
+
+
 def test_the_flow_of_seed_001(folder: Path, tmp_path: Path) -> None:
     preset = get_preset("qlora", lora_r=32, lora_alpha=64, learning_rate=2e-4, num_train_epochs=3)
     model = load_4bit(folder, preset)
     model = prepare_model_for_kbit_training(model)
     model = get_peft_model(model, preset.get_lora_config())
     setup_lp_lora_style(model, freeze_ratio=0.5)
+    before = weights_of(model)
     training_args = preset.get_training_args()
     training_args.output_dir = str(tmp_path)
-    Trainer(model=model, args=training_args, train_dataset=make_examples("llama")).train()
+    trainer = Trainer(model=model, args=training_args, train_dataset=make_examples("llama"))
+    trainer.train()
+    assert trainer.state.epoch == 3
+    adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert {p.shape[0] for name, p in adapters.items() if "lora_A" in name} == {32}
+    assert names_moved(before, model) == {name for name in adapters if "layers.1." in name}
 
 
 def test_a_quantised_model_is_refused_where_weights_train(folder: Path) -> None:
@@ -144,10 +171,10 @@ def test_dpo_learns_the_preference(tmp_path: Path) -> None:
 def test_dpo_on_lora_needs_no_reference(tmp_path: Path) -> None:
     pairs = Dataset.from_list([{"prompt": "w1 ", "chosen": "w30 w31", "rejected": "w35"}] * 8)
     model = get_preset("lora").prepare(make_model("llama"))
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = weights_of(model)
     arguments = get_preset("dpo", learning_rate=1e-5, gradient_accumulation_steps=1, warmup_steps=0).get_training_args(
         output_dir=str(tmp_path), max_steps=2, save_strategy="no", report_to=[], disable_tqdm=True
     )
     DPOTrainer(model, args=arguments, train_dataset=pairs, processing_class=word_tokenizer()).train()
-    moved = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}
+    moved = names_moved(before, model)
     assert moved and all("lora_" in n for n in moved)

@@ -19,7 +19,22 @@ from transformers import (
     TrainingArguments,
 )
 
+from forge.adapters import HoulsbyConfig, WeightLoraConfig, add_houlsby_adapters, get_weight_lora_model
+from tests.forge.tensors import same, weights_of
+
 VOCAB = 100
+
+
+def _add_houlsby(model, name="default", size=4):
+    return add_houlsby_adapters(model, HoulsbyConfig(bottleneck=size), name)
+
+
+def _add_weight_lora(model, name="default", size=4):
+    return get_weight_lora_model(model, WeightLoraConfig(r=size, target_modules="all-linear"), name)
+
+
+METHODS = {"houlsby": _add_houlsby, "weight_lora": _add_weight_lora}
+"""Method → what adds one of its adapters to a model."""
 
 
 def _build(shape, width):
@@ -74,11 +89,6 @@ def train(model, shape="llama", steps=3, learning_rate=1e-2):
     return losses
 
 
-def base_weights(model):
-    """Copies of all weights of a plain model by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def base_is_untouched(peft_model, before):
     """Whether the base weights under a PEFT model are bitwise those copied before it was wrapped."""
     now = {
@@ -90,10 +100,6 @@ def base_is_untouched(peft_model, before):
 
 def adapter_weights(peft_model):
     return {n: p.detach().clone() for n, p in peft_model.named_parameters() if "houlsby_" in n or "wlora_" in n}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def trainer(model, folder, *callbacks, **options):
@@ -111,7 +117,7 @@ def kit():
         batch=batch,
         logits=logits,
         train=train,
-        base_weights=base_weights,
+        base_weights=weights_of,
         base_is_untouched=base_is_untouched,
         adapter_weights=adapter_weights,
         same=same,
@@ -123,3 +129,8 @@ def kit():
 @pytest.fixture(params=["llama", "gpt2", "bert", "t5"])
 def shape(request):
     return request.param
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]

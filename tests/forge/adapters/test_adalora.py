@@ -150,6 +150,23 @@ def test_under_accumulation_the_penalty_counts_once_per_micro_batch(kit, tmp_pat
     assert not all(torch.allclose(whole[n], kept[n], atol=1e-4) for n in whole)
 
 
+def test_a_training_after_one_that_was_stopped_starts_without_its_scores_and_ranks(kit, tmp_path):
+    class StopAtFour(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kw):
+            at_start.append((dict(allocator.exp_avg_ipt), callback.ranks))
+
+        def on_step_end(self, args, state, control, **kw):
+            control.should_training_stop = state.global_step == 4
+
+    model, callback, at_start = adapted(kit), AdaLoraCallback(), []
+    allocator = model.base_model.rankallocator
+    trainer = kit.trainer(model, tmp_path, callback, StopAtFour())
+    trainer.train()
+    assert callback.ranks and allocator.exp_avg_ipt
+    trainer.train()
+    assert at_start == [({}, {}), ({}, {})]
+
+
 def test_the_best_checkpoint_comes_back_with_its_own_ranks(kit, tmp_path):
     model, callback = adapted(kit), AdaLoraCallback()
     trainer = kit.trainer(

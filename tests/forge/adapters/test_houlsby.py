@@ -23,11 +23,6 @@ def layer_of(model):
     return model.get_base_model().model.layers[0].mlp.down_proj
 
 
-def test_a_fresh_model_is_bitwise_the_base_model(kit, shape):
-    before = kit.logits(kit.tiny(shape), shape)
-    assert torch.equal(kit.logits(adapted(kit, shape), shape), before)
-
-
 def test_the_papers_initialisation_is_near_the_identity(kit, shape):
     before = kit.logits(kit.tiny(shape), shape)
     after = kit.logits(adapted(kit, shape, zero_init=False), shape)
@@ -75,11 +70,6 @@ def test_every_adapter_parameter_gets_a_gradient(kit, shape):
         assert (p.grad is not None) == p.requires_grad == ("houlsby_" in name), name
 
 
-def test_same_seed_same_adapter(kit):
-    assert kit.same(kit.adapter_weights(adapted(kit)), kit.adapter_weights(adapted(kit)))
-    assert not kit.same(kit.adapter_weights(adapted(kit)), kit.adapter_weights(adapted(kit, seed=0)))
-
-
 def test_save_and_load_are_bitwise(kit, shape, tmp_path):
     model = adapted(kit, shape, train_layer_norms=True)
     kit.train(model, shape)
@@ -87,26 +77,6 @@ def test_save_and_load_are_bitwise(kit, shape, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
     loaded = PeftModel.from_pretrained(kit.tiny(shape), str(tmp_path))
     assert torch.equal(kit.logits(loaded, shape), kit.logits(model, shape))
-
-
-def test_hot_swap_restores_bitwise(kit, shape):
-    base = kit.tiny(shape)
-    before, plain = kit.base_weights(base), kit.logits(base, shape)
-    model = add_houlsby_adapters(base, HoulsbyConfig(bottleneck=4), "first")
-    kit.train(model, shape)
-    of_a = kit.logits(model, shape)
-    add_houlsby_adapters(model, HoulsbyConfig(bottleneck=8), "other")
-    model.set_adapter("other")
-    assert torch.equal(kit.logits(model, shape), plain)
-    kit.train(model, shape, learning_rate=3e-2)
-    assert not torch.equal(kit.logits(model, shape), of_a)
-    model.set_adapter("first")
-    assert torch.equal(kit.logits(model, shape), of_a)
-    with model.disable_adapter():
-        assert torch.equal(kit.logits(model, shape), plain)
-    model.delete_adapter("other")
-    assert kit.base_is_untouched(model, before)
-    assert torch.equal(kit.logits(model.unload(), shape), plain)
 
 
 def test_layer_norms_are_trained_in_copies(kit, shape):
@@ -119,6 +89,14 @@ def test_layer_norms_are_trained_in_copies(kit, shape):
     assert kit.base_is_untouched(model, before)
     with model.disable_adapter():
         assert torch.equal(kit.logits(model, shape), plain)
+
+
+def test_a_second_adapter_has_copies_of_the_same_norms(kit, shape):
+    config = HoulsbyConfig(bottleneck=4, train_layer_norms=True)
+    model = add_houlsby_adapters(kit.tiny(shape), config, "first")
+    add_houlsby_adapters(model, config, "other")
+    first, other = (model.peft_config[name].modules_to_save for name in ("first", "other"))
+    assert first == other and first
 
 
 def test_named_modules_and_a_regular_expression(kit):
@@ -155,20 +133,6 @@ def test_bf16_base_keeps_adapters_in_fp32(kit):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     losses = kit.train(model, steps=6)
     assert losses[-1] < losses[0] and kit.logits(model).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(kit, shape, reentrant):
-    grads = []
-    for checkpointing in (False, True):
-        model = adapted(kit, shape, zero_init=False, nonlinearity="gelu", init_std=0.1)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        torch.manual_seed(0)
-        model.train()(**kit.batch(shape)).loss.backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-7) for n in grads[0])
-    assert all(g.abs().sum() > 0 for n, g in grads[1].items() if n.endswith("weight"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from forge.adapters import (
 )
 from forge.adapters.pruning import product_norm, unpruned
 from forge.adapters.tuner import tuner_layers
-from forge.adapters.weight_lora import WeightLoraLayer
+from forge.adapters.weight_lora import WeightLoraLinear
 
 
 def adapted(kit, shape="llama", **options):
@@ -30,7 +30,7 @@ def adapted(kit, shape="llama", **options):
 
 def randomise(model):
     torch.manual_seed(4)
-    for layer in tuner_layers(model, WeightLoraLayer).values():
+    for layer in tuner_layers(model, WeightLoraLinear).values():
         for parameter in layer.adapter_parameters("default"):
             nn.init.normal_(parameter)
     return model
@@ -46,7 +46,7 @@ def test_product_norm_is_that_of_the_product(shapes):
 
 def test_importances_are_equation_2(kit, shape):
     model = randomise(adapted(kit, shape))
-    layers = tuner_layers(model, WeightLoraLayer)
+    layers = tuner_layers(model, WeightLoraLinear)
     parts = {n: m.adapter_parameters("default") for n, m in layers.items()}
     norms = {n: torch.linalg.matrix_norm(b @ a).item() for n, (a, b, _) in parts.items()}
     expected = {n: abs(parts[n][2].item()) * norms[n] / sum(norms.values()) for n in parts}
@@ -55,7 +55,7 @@ def test_importances_are_equation_2(kit, shape):
 
 def test_importances_by_hand(kit):
     model = adapted(kit, r=1, target_modules=["q_proj"])
-    first, second = tuner_layers(model, WeightLoraLayer).values()
+    first, second = tuner_layers(model, WeightLoraLinear).values()
     for layer, norm, weight in ((first, 3.0, -0.5), (second, 1.0, 2.0)):
         a, b, omega = layer.adapter_parameters("default")
         a.data.zero_()[0, 0] = 1
@@ -74,10 +74,10 @@ def test_pruned_adapters_are_as_good_as_absent(kit, shape):
     assert {n for n, s in importances(model).items() if s > 0} == set(expected) == set(unpruned(model))
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 3 * 2
-    for name, layer in tuner_layers(model, WeightLoraLayer).items():
+    for name, layer in tuner_layers(model, WeightLoraLinear).items():
         assert (layer.wlora_omega["default"].item() == 0) == (name in dropped)
     before = kit.logits(model, shape)
-    for name, layer in tuner_layers(model, WeightLoraLayer).items():
+    for name, layer in tuner_layers(model, WeightLoraLinear).items():
         if name in dropped:
             layer.wlora_A["default"].weight.data.fill_(float("nan"))
     assert torch.equal(kit.logits(model, shape), before)
@@ -130,6 +130,13 @@ def test_other_models_are_refused(kit):
         importances(kit.tiny())
     with pytest.raises(ValueError, match=r"of type WEIGHT_LORA, got HOULSBY"):
         importances(add_houlsby_adapters(kit.tiny(), HoulsbyConfig(bottleneck=2)))
+
+
+def test_two_active_adapters_have_no_order_of_importance(kit):
+    model = get_weight_lora_model(randomise(adapted(kit)), WeightLoraConfig(r=2), "other")
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"exactly one adapter must be active, got \['default', 'other'\]; choose"):
+        importances(model)
 
 
 class Watch(TrainerCallback):

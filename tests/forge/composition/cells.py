@@ -19,6 +19,7 @@ from transformers.utils import logging
 from forge.layers import find_layers
 from forge.presets import Preset, get_preset
 from tests.forge.composition.shapes import SHAPES, examples, load_model
+from tests.forge.tensors import weights_of
 
 STEPS, SAVED_AT, GLOBAL_BATCH = 4, 2, 4
 TECHNIQUES = ("ema", "freezing", "monitor")
@@ -114,11 +115,6 @@ def quiet() -> Iterator[None]:
         logging.enable_progress_bar()
         logging.set_verbosity_warning()
         torch.set_num_threads(threads)
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters, those that bitsandbytes packs as the plain tensors that they are."""
-    return {name: p.detach().clone().as_subclass(Tensor) for name, p in model.named_parameters()}
 
 
 def build(

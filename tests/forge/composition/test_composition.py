@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +17,7 @@ from forge.presets import get_preset
 from tests.forge.composition.cells import CELLS, Cell, Setting, build, quiet
 from tests.forge.composition.invariants import Bench, assert_close, assert_same, baseline_of, tolerance_of
 from tests.forge.composition.shapes import SHAPES, examples, load_model, save_models
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.forge.processes import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +37,7 @@ def two_processes(bench: Bench, request: pytest.FixtureRequest) -> dict[str, lis
     selected = [item.callspec.params.get("cell") for item in request.session.items if hasattr(item, "callspec")]
     ids = [cell.id for cell in selected if isinstance(cell, Cell) and cell.setting.processes == 2]
     (folder / "cells.json").write_text(json.dumps(ids))
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.forge.composition.two_processes", str(bench.models), str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = torchrun("-m", "tests.forge.composition.two_processes", bench.models, folder, timeout_sec=1800)
     outcomes: dict[str, list[dict[str, Any]]] = {cell_id: [] for cell_id in ids}
     for path in sorted(folder.glob("outcomes-*.jsonl")):
         for line in path.read_text().splitlines():

@@ -38,7 +38,7 @@ def outcome(cell_id: str, bench: Bench, rank: int) -> dict[str, Any]:
     """Run one cell: what it left, or why it failed."""
     try:
         run = check(CELLS[cell_id], bench)
-    except Exception:  # noqa: BLE001 (whatever it is belongs to the cell that is being tested, not to the others)
+    except Exception:  # noqa: BLE001 (whatever it is fails the test of this cell, and of this cell alone)
         return {"cell": cell_id, "error": traceback.format_exc()}
     path = bench.folder / f"{cell_id}.safetensors"
     if rank == 0:
