@@ -1,9 +1,9 @@
 """Figures of an experiment from its records: ``python -m analysis.figures [experiment]``.
 
 Serves the section «EMA» of THEORY.md: what an average of the weights gains against the raw weights, over the length of
-the average (``analysis.rates`` has the figure of the exact worlds). The difference is paired within seed before it is
-averaged, so the intervals are those of the difference; the spread between seeds that both arms share has no part in
-them.
+the average (``analysis.rates`` has the figure of the exact worlds, ``analysis.freezing`` that of frozen layers). The
+difference is paired within seed before it is averaged, so the intervals are those of the difference; the spread between
+seeds that both arms share has no part in them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from analysis.arms import REDUCTION, arm_table, factors_of, layout_of
 from analysis.estimands import CannotEstimate
 from analysis.evidence import in_order, is_default
 from analysis.formatting import ENGLISH
+from analysis.freezing import draw_freezing
 from analysis.load import Campaign, load_campaigns
 from analysis.rates import draw_rates
 from analysis.style import CLAIMED, HUES, INK, MARKERS, MUTED, STYLE
@@ -81,7 +82,7 @@ FIGURES = {
     )
 }
 
-DRAWN: dict[str, Callable[[Campaign], Figure]] = {"polyak_averaging": draw_rates}
+DRAWN: dict[str, Callable[[Campaign], Figure]] = {"polyak_averaging": draw_rates, "freeze_ratio": draw_freezing}
 """Experiments with a figure of their own kind."""
 
 FLOOR = 0.3
