@@ -33,7 +33,7 @@ NOTES = {
 def cost_table(campaign: Campaign) -> pd.DataFrame:
     """Means over seeds of all cost metrics, a row for each combination of conditions in the order of the plan.
 
-    Columns: the conditions that tell rows apart, ``n`` (seeds), and those of ``METRICS`` that were recorded. Empty
+    Columns: the conditions, ``n`` (seeds), and those of ``METRICS`` that were recorded. Empty
     where no trial measured the memory of a step.
     """
     observations = campaign.observations
@@ -41,18 +41,18 @@ def cost_table(campaign: Campaign) -> pd.DataFrame:
         return pd.DataFrame()
     trials = observations.loc[observations["metric"] == MEASURED, "trial_id"].unique()
     rows = observations[observations["metric"].isin(METRICS) & observations["trial_id"].isin(trials)]
-    keys = [c for c in rows.columns if c not in _BOOKKEEPING and rows[c].nunique(dropna=False) > 1]
+    keys = [c for c in rows.columns if c not in _BOOKKEEPING and rows[c].notna().any()]
     wide = rows.pivot_table(index=keys, columns="metric", values="value", aggfunc="mean", sort=False)
     wide.insert(0, "n", rows.groupby(keys, sort=False)["seed"].nunique())
     return wide.reset_index()
 
 
 def cost_markdown(campaign: Campaign, language: str, style: Style) -> str:
-    """The cost table with its note, in ``en`` or ``ru``; empty where there is none."""
+    """The cost table and its note, in ``en`` or ``ru``, without what all rows share; empty where there is none."""
     table = cost_table(campaign)
     if table.empty:
         return ""
-    keys = [name for name in table.columns if name not in (*METRICS, "n")]
+    keys = [name for name in table.columns if name not in (*METRICS, "n") and table[name].nunique() > 1]
     cells = [[*map(str, row[keys]), *_cells(row, style)] for _, row in table.iterrows()]
     header = [*keys, *HEADERS[language]]
     numeric = [*[False] * len(keys), *[True] * len(HEADERS[language])]

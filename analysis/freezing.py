@@ -63,7 +63,7 @@ def draw_freezing(campaign: Campaign) -> Figure:
     axes[1][0].legend(frameon=False, fontsize=9, loc="best")
     figure.suptitle(
         f"What frozen layers cost and save · {campaign.scope}\nBars: 95% t-intervals of the difference paired within "
-        "seed, not adjusted. Dashed: in proportion, as the guide says. Half-filled: upper half (left), embeddings trained.",
+        "seed, not adjusted. Dashed: in proportion, as the guide says. Half-filled: upper half, embeddings trained.",
         x=0.01,
         ha="left",
         fontsize=11.5,

@@ -46,7 +46,7 @@ def test_own_settings_do_not_take_the_name_of_the_default(tmp_path: Path, make_r
 def test_smoke_and_undeclared_experiments_have_no_figure(tmp_path: Path, make_record: Any) -> None:
     write_campaign(tmp_path, make_record, "smoke")
     assert write_figures(NAME, tmp_path, tmp_path) == []
-    assert write_figures("freeze_ratio", tmp_path, tmp_path) == []
+    assert write_figures("monitor_detection", tmp_path, tmp_path) == []
 
 
 def test_says_scope_interval_and_what_is_mechanical(tmp_path: Path, make_record: Any) -> None:
