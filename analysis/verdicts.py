@@ -175,8 +175,9 @@ def _find(claim: Claim, campaign: Campaign, observations: pd.DataFrame, alpha: f
     if observations.empty:
         return _Finding("insufficient", "no trial yielded observations")
     try:
-        if select(observations, claim.estimand.where).empty:
+        if not _planned_seeds(claim.estimand, campaign) or select(observations, claim.estimand.where).empty:
             return _Finding("insufficient", NOT_MEASURED)
+        observations = observations[observations["seed"].isin(_planned_seeds(claim.estimand, campaign))]
         values = per_seed_values(claim.estimand, observations)
         _require_every_trial(claim.estimand, campaign, values)
         if alpha is None:
@@ -188,6 +189,17 @@ def _find(claim: Claim, campaign: Campaign, observations: pd.DataFrame, alpha: f
         return _of_mean(claim, values, mean_interval(values, alpha), alpha)
     except CannotEstimate as error:
         return _Finding("insufficient", str(error))
+
+
+def _planned_seeds(estimand: Estimand, campaign: Campaign) -> set[int]:
+    """Seeds that the design gives to every arm of an estimand; what one arm alone has is no pair, nor missing.
+
+    The seeds of all records count, whatever became of the trial; where records are missing, the campaign is incomplete.
+    """
+    arms = [{**estimand.where, **arm} for arm in selectors(estimand)]
+    return set.intersection(
+        *({record.spec.seed for record in campaign.records if agrees(record.spec.factors, arm)} for arm in arms)
+    )
 
 
 def _of_mean(claim: Claim, values: pd.Series[float], estimate: Estimate, alpha: float) -> _Finding:
@@ -231,10 +243,15 @@ def _require_every_trial(estimand: Estimand, campaign: Campaign, values: pd.Seri
     Raises:
         CannotEstimate: if one that succeeded and whose factors agree with the claim's selectors has no value.
     """
-    arms = selectors(estimand)
+    arms, seeds = selectors(estimand), _planned_seeds(estimand, campaign)
     for record in campaign.ok_records:
         about = any(agrees(record.spec.factors, {**estimand.where, **arm}) for arm in arms)
-        if about and record.spec.seed not in values.index and record.trial_id not in values.index:
+        if (
+            about
+            and record.spec.seed in seeds
+            and record.spec.seed not in values.index
+            and record.trial_id not in values.index
+        ):
             wanted = ", ".join(sorted({name for arm in arms for name in (*estimand.where, *arm)})) or "the metric"
             raise CannotEstimate(
                 f"every trial that a claim is about must record what it needs ({wanted}), but trial {record.trial_id} "

@@ -287,3 +287,28 @@ def test_the_least_number_of_seeds_is_what_the_committed_calibration_asks_for():
         ]
         allowed = [n for n in (3, 5, 10, 20) if n > max(refuted, default=0)]
         assert least == min(allowed, default=None), estimand
+
+
+def test_seeds_that_the_design_gives_to_one_arm_alone_are_no_pairs(tmp_path, make_record):
+    """Two tasks of unequal numbers of seeds are compared within the seeds that both have."""
+    claim = Claim(
+        "of-both-tasks",
+        "x",
+        "ema",
+        "seed 000",
+        RelativeReduction("eval_loss", {"task": "b"}, {"task": "a"}),
+        Region(low=0.0),
+    )
+    values = {"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.15, 9.0, 9.0]}
+    records = [
+        make_record(seed=seed, factors={"task": task}, observations=[{"value": value}], claims={claim.id: claim.digest})
+        for task, losses in values.items()
+        for seed, value in enumerate(losses)
+    ]
+    for record in records:
+        write_record(tmp_path, record)
+    ((campaign,), _) = load_campaigns(tmp_path)
+    (verdict,) = judge_campaign([claim], campaign)
+    assert verdict.n == 3
+    assert verdict.estimate == pytest.approx((1 / 2 + 1 / 2.1 + 1.05 / 2.2) / 3)
+    assert verdict.outcome == "confirmed"

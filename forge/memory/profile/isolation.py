@@ -1,4 +1,4 @@
-"""What building a Trainer changes around it, put back: random states, accelerate's state, the environment.
+"""What building a Trainer changes around it, kept from it: random states, accelerate's state, the environment.
 
 Without this, asking for a prediction between building a Trainer and training it would move that Trainer to the CPU.
 """
@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import masking_utils, modeling_attn_mask_utils
+from transformers import trainer as trainer_module
 from transformers.utils import logging as transformers_logging
 
 _MASK_CODE: tuple[Any, ...] = (masking_utils, modeling_attn_mask_utils)
@@ -25,16 +23,15 @@ _MASK_CODE: tuple[Any, ...] = (masking_utils, modeling_attn_mask_utils)
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Leave every global state as it was, and be quiet: warnings are about a run that does not take place."""
-    verbosity, environment = transformers_logging.get_verbosity(), dict(os.environ)
-    python, numpy = random.getstate(), np.random.get_state()
-    with ExitStack() as stack, torch.random.fork_rng(), warnings.catch_warnings():
+    trainer_code: Any = trainer_module
+    with ExitStack() as stack, warnings.catch_warnings():
         for state in (PartialState, AcceleratorState, GradientState):
             stack.callback(_restore, state._shared_state, dict(state._shared_state))
             state._shared_state.clear()
-        stack.callback(_restore, os.environ, environment)
-        stack.callback(random.setstate, python)
-        stack.callback(np.random.set_state, numpy)
-        stack.callback(transformers_logging.set_verbosity, verbosity)
+        stack.callback(_restore_environment, dict(os.environ))
+        stack.callback(setattr, trainer_code, "set_seed", trainer_code.set_seed)
+        trainer_code.set_seed = lambda *_, **__: None  # fake tensors draw nothing
+        stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
         transformers_logging.set_verbosity(logging.ERROR)
         warnings.simplefilter("ignore")
         yield
@@ -57,6 +54,14 @@ def masks_as_in_training() -> Iterator[None]:
             module.is_tracing = is_tracing
 
 
-def _restore(state: Any, kept: dict[str, Any]) -> None:
+def _restore_environment(kept: dict[str, str]) -> None:
+    for name in set(os.environ) - set(kept):
+        del os.environ[name]
+    for name, value in kept.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def _restore(state: dict[str, Any], kept: dict[str, Any]) -> None:
     state.clear()
     state.update(kept)

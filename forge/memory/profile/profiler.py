@@ -78,14 +78,12 @@ def profile_training_memory(
     _check(batch_size, sequence_length, optimizer, autocast, attention, padding, target)
     recipe = _recipe(preset, freeze_ratio, gradient_checkpointing)
     if isinstance(model_or_config, PreTrainedConfig):
-        config, task = model_or_config, task or _task_of_config(model_or_config)
-        check_choice("task", task, get_args(Task))
-        width: Any = dtype or config.dtype or torch.float32
-        model = build_on_meta(config, task, dtype=width, preset=recipe, freeze_ratio=freeze_ratio, attention=attention)
+        of_model: dict[str, Any] = {"task": task, "dtype": dtype, "freeze_ratio": freeze_ratio, "attention": attention}
+        model: Any = model_from_config(model_or_config, preset=recipe, **of_model)
     else:
         _refuse_options_of_configs(task=task, dtype=dtype, preset=preset, freeze_ratio=freeze_ratio)
         model = model_or_config
-        config, task = _config_and_task(model)
+    config, task = _config_and_task(model)
     check_sizes(config, batch_size, sequence_length)
     _check_labels(config, task)
     settings = StepSettings(
@@ -107,6 +105,24 @@ def profile_training_memory(
     round_to = ROUNDING_BYTES if target == "cuda" else 1
     step = curve(log, start, round_to=round_to)
     return report_of(step, assumptions_of(settings, recipe), round_to=round_to)
+
+
+def model_from_config(
+    config: PreTrainedConfig,
+    *,
+    task: Task | None = None,
+    dtype: torch.dtype | None = None,
+    preset: str | Preset | None = None,
+    freeze_ratio: float | None = None,
+    gradient_checkpointing: bool | None = None,
+    attention: Attention | None = None,
+) -> Any:
+    """The model, on ``meta``, whose step ``profile_training_memory`` runs for the same config and options."""
+    recipe = _recipe(preset, freeze_ratio, gradient_checkpointing)
+    task = task or _task_of_config(config)
+    check_choice("task", task, get_args(Task))
+    width: Any = dtype or config.dtype or torch.float32
+    return build_on_meta(config, task, dtype=width, preset=recipe, freeze_ratio=freeze_ratio, attention=attention)
 
 
 def _check(

@@ -8,7 +8,7 @@ repeated here in the same order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from forge.memory.profile.cuda import cuda_attention
-from forge.memory.profile.fake_model import fake_copy
 from forge.memory.profile.isolation import masks_as_in_training, undisturbed
+from forge.memory.profile.structure import structural_copy
 from forge.memory.profile.trace import DataDependentError, Event, Recorder
 from forge.memory.storage import stored_tensors
 
@@ -50,7 +50,7 @@ class StepSettings:
 def record_step(model: Any, settings: StepSettings) -> tuple[list[Event], int]:
     """Run a training step on a fake copy of the model, which stays as it is.
 
-    The step that is recorded is one whose optimizer has its state already. Of more than two micro-batches two are run:
+    The step that is recorded is one whose optimizer has its state already. Of several micro-batches the last is run:
     from the second on, all meet the gradients of those before, and are alike.
 
     Returns:
@@ -61,18 +61,19 @@ def record_step(model: Any, settings: StepSettings) -> tuple[list[Event], int]:
     """
     recorder = Recorder(truth=not settings.padding)
     with undisturbed(), masks_as_in_training(), FakeTensorMode(allow_non_fake_inputs=True):
-        fake = fake_copy(model)
-        with _kernels_of(settings.target), recorder.names_of(fake), recorder:
+        fake = structural_copy(model)
+        device = cuda_attention() if settings.target == "cuda" else _random_states_seen(recorder)
+        with device, recorder.names_of(fake), recorder:
             recorder.label(stored_tensors(fake), "parameters")
             trainer = _trainer(fake, settings, recorder)
             try:
-                start = _step(trainer, settings, recorder)
+                _step(trainer, settings, recorder)
             except DynamicOutputShapeException as error:
                 raise DataDependentError(
                     f"the step must not depend on the values of tensors, got one whose shapes do ({error.func}), such "
                     "as the routing to experts; measure this model's step with MeasureMemory"
                 ) from error
-    return recorder.log, start
+    return recorder.log, recorder.start
 
 
 class _Arguments(TrainingArguments):
@@ -129,39 +130,52 @@ def _trainer(model: Any, settings: StepSettings, recorder: Recorder) -> _PhasedT
 def _set_checkpointing(model: Any, enabled: bool | None) -> None:
     if enabled is None:
         return
-    name = (
-        "activation_checkpointing"
-        if hasattr(TrainingArguments, "activation_checkpointing")
-        else "gradient_checkpointing"
-    )
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
     if enabled:
         getattr(model, f"{name}_enable")({"use_reentrant": False})
     else:
         getattr(model, f"{name}_disable")()
 
 
-def _step(trainer: _PhasedTrainer, settings: StepSettings, recorder: Recorder) -> int:
-    """One optimizer step, as the loop of the Trainer has it; returns the index of its first event."""
+def _step(trainer: _PhasedTrainer, settings: StepSettings, recorder: Recorder) -> None:
+    """One optimizer step, as the loop of the Trainer has it."""
     count = settings.gradient_accumulation_steps
     loaded = iter([_batch(settings) for _ in range(count)])
     batches, items = trainer.get_batch_samples(loaded, count, trainer.args.device)
     recorder.label((tensor for batch in batches for tensor in batch.values()), "inputs")
-    start = len(recorder.log)
     model: Any = trainer.model_wrapped
     optimizer: Any = trainer.optimizer
-    for batch in batches[:2]:
-        loss = trainer.training_step(model, batch, items)
+    with _earlier_gradients(model, recorder) if count > 1 else nullcontext():
+        recorder.start = len(recorder.log)
+        loss = trainer.training_step(model, batches[-1], items)
     recorder.phase, end = "optimizer", len(recorder.log)
     recorder.label((p.grad for p in model.parameters() if p.grad is not None), "gradients")
     optimizer.step()
     state = (tensor for held in optimizer.state.values() for tensor in held.values())
     recorder.label((tensor for tensor in state if isinstance(tensor, Tensor)), "optimizer_state")
-    recorder.settle(start, end)
+    recorder.settle(end)
     norm = trainer.accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or float("inf"))
     optimizer.step()
     model.zero_grad()
     del loss, norm  # alive until here, as in the Trainer
-    return start
+
+
+@contextmanager
+def _earlier_gradients(model: Any, recorder: Recorder) -> Iterator[None]:
+    """Gradients as earlier micro-batches have left them: of the parameters that get one in this one, too."""
+    reached: set[int] = set()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: reached.add(id(p))) for p in trainable]
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    recorder.label((p.grad for p in trainable), "gradients")
+    yield
+    for hook in hooks:
+        hook.remove()
+    for parameter in trainable:
+        if id(parameter) not in reached:
+            recorder.erase(parameter.grad)
+            parameter.grad = None
 
 
 def _batch(settings: StepSettings) -> dict[str, Tensor]:
@@ -175,12 +189,20 @@ def _batch(settings: StepSettings) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _kernels_of(target: Target) -> Iterator[None]:
-    if target == "cpu":
+def _random_states_seen(recorder: Recorder) -> Iterator[None]:
+    """Log the generator's states that checkpointing stores for each layer: real tensors, which no operation makes."""
+    own = torch.get_rng_state
+
+    def get_rng_state() -> Tensor:
+        state = own()
+        recorder.label([state], "activations")
+        return state
+
+    torch.get_rng_state = get_rng_state
+    try:
         yield
-    else:
-        with cuda_attention():
-            yield
+    finally:
+        torch.get_rng_state = own
 
 
 def _prefer_foreach(optimizer: Any) -> None:

@@ -8,7 +8,7 @@ without rounding has it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -60,6 +60,15 @@ class Event:
     phase: Phase
 
 
+_CHEAPER: dict[str, Callable[..., Any]] = {
+    "aten::detach": torch.ops.aten.alias.default,
+    "aten::_unsafe_view": torch.ops.aten.view.default,
+    "bitsandbytes::dequantize_4bit": lambda a, absmax, blocksize, kind, shape, dtype: a.new_empty(shape, dtype=dtype),
+    "bitsandbytes::dequantize_blockwise": lambda a, absmax, code, blocksize, dtype: torch.empty_like(a, dtype=dtype),
+}
+"""Frequent operations that ``FakeTensorMode`` is slow at, by others that do the same to memory."""
+
+
 class DataDependentError(ValueError):
     """The step's course depends on the values of tensors, which fake ones do not have."""
 
@@ -75,6 +84,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase: Phase = "forward"
         self.log: list[Event] = []
+        self.start = 0
+        """Index of the step's first event."""
         self._truth = truth
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self._modules: list[str] = []
@@ -90,15 +101,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             self._observe(tensor, component).label = component
 
-    def settle(self, start: int, end: int) -> None:
-        """Rewrite the log as if what lives on from the events since ``end`` had been there at ``start``.
+    def erase(self, tensor: Tensor) -> None:
+        """Rewrite the log as if the tensor had never been."""
+        _, erased = self._live.pop(id(tensor.untyped_storage()))
+        self.start -= sum(event.allocation is erased for event in self.log[: self.start])
+        self.log = [event for event in self.log if event.allocation is not erased]
+
+    def settle(self, end: int) -> None:
+        """Rewrite the log as if what lives on from the events since ``end`` had been there when the step began.
 
         So a step that follows another can be had from one run: the optimizer's first update makes its state, and
         nothing else of that update remains.
         """
         survivors = [event for event in self.log[end:] if event.sign > 0 and event.allocation.alive]
         self.log[end:] = []
-        self.log[start:start] = survivors
+        self.log[self.start : self.start] = survivors
 
     @contextmanager
     def names_of(self, model: nn.Module) -> Iterator[None]:
@@ -128,7 +145,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "aten::_scaled_dot_product_flash_attention_backward":
             with self:
                 buffers = flash_backward_buffers(args[1], args[2])
-        result = func(*args, **(kwargs or {}))
+        result = _CHEAPER.get(name, func)(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._observe(leaf, name)

@@ -24,6 +24,7 @@ from tests.forge.memory.training import (
     measured,
     qlora,
     t5,
+    with_idle_part,
 )
 
 TOLERANCE = 0.01
@@ -57,6 +58,7 @@ CASES = {
     "full, checkpointed, autocast": plain(llama, **CHECKPOINTED, **BF16),
     "full, accumulated": plain(llama, gradient_accumulation_steps=3),
     "full, checkpointed, accumulated, autocast": plain(llama, gradient_accumulation_steps=2, **CHECKPOINTED, **BF16),
+    "full, a part takes no part, accumulated": plain(with_idle_part, gradient_accumulation_steps=2),
     "full, eager": plain(lambda: llama(attn_implementation="eager")),
     "full, padding": plain(llama, padding=True),
     "full, padding, eager, autocast": plain(lambda: llama(attn_implementation="eager"), padding=True, **BF16),

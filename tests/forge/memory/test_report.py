@@ -158,7 +158,7 @@ def test_a_model_that_was_trained_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "options", "error", "message"),
     [
-        ("llama", {}, TypeError, "must be an nn.Module or a PreTrainedConfig, got str"),
+        ("llama", {}, TypeError, "or a PreTrainedConfig, got str; load it with transformers"),
         (nn.Linear(2, 2), {}, TypeError, r"must be a PreTrainedModel .* got Linear"),
         (BertModel(bert_config()), {}, ValueError, "must end in a head .* got BertModel"),
         (llama_config(), {"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -41,6 +41,13 @@ def llama_config(**options: Any) -> LlamaConfig:
 
 def llama(**options: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(llama_config(**options))
+
+
+def with_idle_part() -> LlamaForCausalLM:
+    """Some of its parameters train, and never get a gradient."""
+    model = llama()
+    model.idle = nn.Linear(64, 64)
+    return model
 
 
 def llama_classifier(**options: Any) -> LlamaForSequenceClassification:

@@ -1,4 +1,4 @@
-"""A copy of a model on fake tensors: the same modules, ties, hooks and flags, and no memory for the weights."""
+"""A copy of a model's structure: the same modules, ties, hooks and flags, on other tensors; on fake ones, no memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from forge.memory.storage import stored_tensors
 
 
-def fake_copy(model: nn.Module) -> Any:
-    """The model with fake CPU tensors in place of its own, which may be anywhere, on ``meta`` too.
+def structural_copy(model: nn.Module, device: str = "cpu") -> Any:
+    """The model with new tensors, all zeros, in place of its own, which may be anywhere, on ``meta`` too.
 
-    Call it under ``FakeTensorMode``. What is shared stays shared: a tied weight, a storage under two views. Parameters
-    keep what hangs on them (bitsandbytes' quantisation state), modules their hooks and attributes. Gradients are left
-    behind, and so is the autocast that an Accelerator has put around ``forward``.
+    Under ``FakeTensorMode`` the new ones are fake and need no memory. What is shared stays shared: a tied weight, a
+    storage under two views. Parameters keep what hangs on them (bitsandbytes' quantisation state), modules their hooks
+    and attributes. Gradients are left behind, and so is the autocast that an Accelerator has put around ``forward``.
 
     Raises:
         ValueError: if the model is spread over devices by hooks, or holds tensors made of tensors.
@@ -26,7 +26,7 @@ def fake_copy(model: nn.Module) -> Any:
     bases: dict[int, Tensor] = {}
     for tensor in _tensors(model):
         if id(tensor) not in memo:
-            memo[id(tensor)] = _fake(tensor, bases)
+            memo[id(tensor)] = _zeros_like(tensor, bases, device)
     for parameter in model.parameters():
         for name, value in vars(parameter).items():
             setattr(memo[id(parameter)], name, copy.deepcopy(value, memo))
@@ -54,13 +54,14 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from stored_tensors(model)
 
 
-def _fake(tensor: Tensor, bases: dict[int, Tensor]) -> Tensor:
+def _zeros_like(tensor: Tensor, bases: dict[int, Tensor], device: str) -> Tensor:
+    """Zeros of the same layout, in a storage of the same size; ``bases`` has those that were made before."""
     storage = tensor.untyped_storage()
     key = storage._cdata
     if key not in bases:
-        bases[key] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
-    fake = torch.empty(0, dtype=tensor.dtype, device="cpu")
-    fake.set_(bases[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        bases[key] = torch.zeros(storage.nbytes(), dtype=torch.uint8, device=device)
+    made = torch.empty(0, dtype=tensor.dtype, device=device)
+    made.set_(bases[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-    return fake
+        return nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made
