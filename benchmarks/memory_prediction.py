@@ -97,7 +97,7 @@ def cases(device: str) -> Iterator[Case]:
     for name in ("full", "QLoRA"):
         accumulated = {"gradient_accumulation_steps": 3} | autocast
         yield Case(f"{name}, fp32, autocast, accumulated", of_model=methods[name], of_step=accumulated)
-    for optimizer in ("adamw_torch_fused", "adafactor", "sgd"):
+    for optimizer in ("adamw_torch", "adafactor", "sgd"):
         yield Case(f"full, fp32, {optimizer}", of_step=one | {"optimizer": optimizer})
     yield Case("full, fp32, padding", batch_size=2, of_step=one | {"padding": True})
     yield Case("full, fp32, eager", sequence_length=512, of_model={"attention": "eager"}, of_step=one)
@@ -115,8 +115,10 @@ def _large_cases(methods: dict[str, dict[str, Any]], one: dict[str, Any]) -> Ite
             of_model = method | bf16 | {"gradient_checkpointing": checkpointed}
             title = f"Mistral-7B, {name}, bf16{', checkpointed' if checkpointed else ''}"
             yield Case(title, "mistral-7b", sequence_length=2048, of_model=of_model, of_step=one)
-    fused = one | {"optimizer": "adamw_torch_fused"}
-    yield Case("Mistral-7B, full, bf16, fused", "mistral-7b", sequence_length=2048, of_model=bf16, of_step=fused)
+    foreach = one | {"optimizer": "adamw_torch"}
+    yield Case(
+        "Mistral-7B, full, bf16, adamw_torch", "mistral-7b", sequence_length=2048, of_model=bf16, of_step=foreach
+    )
 
 
 def config_of(case: Case) -> PreTrainedConfig:
@@ -172,7 +174,7 @@ def measure(case: Case, device: str) -> int:
             gradient_accumulation_steps=of_step["gradient_accumulation_steps"],
             activation_checkpointing=of_model.get("gradient_checkpointing", False),
             bf16=of_step["autocast"] is not None,
-            optim=of_step.get("optimizer", "adamw_torch"),
+            optim=of_step.get("optimizer", TrainingArguments.default_optim),
             max_grad_norm=norm,
             use_cpu=device == "cpu",
             save_strategy="no",

@@ -255,21 +255,12 @@ def _classifier(spec: TrialSpec, context: TrialContext, into: Measurements) -> N
     """Fine-tune once; evaluate the trained weights in every format and compute dtype."""
     from experiments.harness import classification
     from experiments.harness.models import weights_sha256
-    from experiments.harness.training import TrainingPlan, train
+    from experiments.harness.training import train
     from experiments.worlds.quantised import linears_of
 
     run = _run(spec)
     ingredients = classification.prepare(run, spec.seed)
-    plan = TrainingPlan(
-        steps=run.steps,
-        batch_size=run.batch_size,
-        learning_rate=run.learning_rate,
-        schedule="cosine",
-        warmup_ratio=run.warmup_ratio,
-        weight_decay=run.weight_decay,
-        precision=run.precision,
-        seed=spec.seed,
-    )
+    plan = run.plan(spec.seed, run.steps, "cosine")
     outcome = train(
         ingredients.model, ingredients.train, ingredients.validation, plan, context, collator=ingredients.collator
     )

@@ -82,7 +82,7 @@ def observe_memory(
         work_dir: for the Trainer's files.
         **conditions: of the observations.
     """
-    from experiments.harness.training import OPTIMIZER, train
+    from experiments.harness.training import train
     from forge.memory import MeasureMemory, profile_training_memory
 
     model = ingredients.model
@@ -91,7 +91,6 @@ def observe_memory(
         run.batch_size,
         run.sequence_length,
         autocast=torch.bfloat16 if run.precision == "bf16" else None,
-        optimizer=OPTIMIZER,
         padding=collator_of(ingredients) is not None,
         target="cuda" if torch.cuda.is_available() else "cpu",
     )

@@ -28,8 +28,8 @@ from experiments.harness.experiment import Preempted, TrialContext
 
 Precision = Literal["fp32", "bf16"]
 
-OPTIMIZER = "adamw_torch_fused"
-"""As ``TrainingArguments(optim=…)`` names it."""
+_SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+"""What ``TrainingArguments`` calls the schedules of a plan."""
 
 _COMPLETE = "forge_complete"
 """Written last into a checkpoint: a checkpoint without it was interrupted while being saved, and is not used."""
@@ -43,7 +43,7 @@ class TrainingPlan:
     batch_size: int
     learning_rate: float
     schedule: str
-    """``constant`` or ``cosine``, both after the warm-up."""
+    """``constant``, ``cosine`` or ``linear`` (both to 0), after the warm-up."""
     warmup_ratio: float
     weight_decay: float
     precision: Precision
@@ -171,9 +171,8 @@ def _arguments(plan: TrainingPlan, context: TrialContext) -> TrainingArguments:
         max_steps=plan.steps,
         per_device_train_batch_size=plan.batch_size,
         per_device_eval_batch_size=plan.batch_size,
-        optim=OPTIMIZER,
         learning_rate=plan.learning_rate,
-        lr_scheduler_type="cosine" if plan.schedule == "cosine" else "constant_with_warmup",
+        lr_scheduler_type=_SCHEDULERS[plan.schedule],
         warmup_steps=round(plan.warmup_ratio * plan.steps),
         weight_decay=plan.weight_decay,
         bf16=plan.precision == "bf16",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,8 @@ class Arguments:
     """Of weights that are not quantised. Default: what the config names."""
     autocast: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run in bf16 autocast, as TrainingArguments(bf16=True); else as the preset has it."""
-    optimizer: str = "adamw_torch"
-    """Name for TrainingArguments(optim=...)."""
+    optimizer: str | None = None
+    """Name for TrainingArguments(optim=...). Default: as TrainingArguments has it."""
     freeze_ratio: float | None = None
     """Share of the layers, from the bottom, that does not train."""
     gradient_checkpointing: bool | None = None
@@ -61,6 +62,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (0 done, 2 wrong input)."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m forge.memory")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
     try:
         report, others = _predict(arguments)
         if arguments.json is not None:
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict(arguments: Arguments) -> tuple[MemoryReport, dict[str, int]]:
     """Our report, and what others estimate for the same model."""
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, TrainingArguments
 
     from forge.memory.profile import model_from_config, profile_training_memory
     from forge.memory.rivals import published_estimates
@@ -99,7 +101,7 @@ def _predict(arguments: Arguments) -> tuple[MemoryReport, dict[str, int]]:
         arguments.batch_size,
         arguments.sequence_length,
         autocast=torch.bfloat16 if arguments.autocast else None,
-        optimizer=arguments.optimizer,
+        optimizer=arguments.optimizer or TrainingArguments.default_optim,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         max_grad_norm=arguments.max_grad_norm,
         padding=arguments.padding,

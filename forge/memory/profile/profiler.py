@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from forge.memory.estimate import check_sizes
 from forge.memory.optimizers import TRAINER_OPTIMIZERS
@@ -31,7 +31,7 @@ def profile_training_memory(
     task: Task | None = None,
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
-    optimizer: str = "adamw_torch",
+    optimizer: str = TrainingArguments.default_optim,
     preset: str | Preset | None = None,
     freeze_ratio: float | None = None,
     gradient_checkpointing: bool | None = None,
@@ -45,7 +45,7 @@ def profile_training_memory(
 
     The step is run by the Trainer's own code on fake tensors, which have shapes and dtypes but no memory; it is one
     like the second and all later ones, when the optimizer has its state. A model is taken as it stands (frozen,
-    wrapped by PEFT, quantised by bitsandbytes; on any device, ``meta`` included) and is not touched. From a config the
+    wrapped by PEFT, in 4 bits by bitsandbytes; on any device, ``meta`` included) and is not touched. From a config the
     model is built on ``meta``, and prepared by the preset as a loaded one would be.
 
     Args:
@@ -57,7 +57,7 @@ def profile_training_memory(
         dtype: of weights that are not quantised; None: what the config names, else fp32. Only with a config.
         autocast: ``torch.bfloat16`` for ``TrainingArguments(bf16=True)``; None: as the preset has it, else none. A
             preset that leaves bf16 to the hardware has it on CUDA.
-        optimizer: name for ``TrainingArguments(optim=…)``.
+        optimizer: name for ``TrainingArguments(optim=…)``; its own default by default.
         preset: a preset or its name; prepares the model, and gives defaults to the options below. Only with a config.
         freeze_ratio: share of the layers, from the bottom, that does not train. Only with a config.
         gradient_checkpointing: whether layers are recomputed; None: as the preset or the model has it.

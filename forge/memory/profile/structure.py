@@ -20,7 +20,7 @@ def structural_copy(model: nn.Module, device: str = "cpu") -> Any:
     and attributes. Gradients are left behind, and so is the autocast that an Accelerator has put around ``forward``.
 
     Raises:
-        ValueError: if the model is spread over devices by hooks, or holds tensors made of tensors.
+        ValueError: if the model is spread over devices by hooks, or has weights packed otherwise than in 4 bits.
     """
     memo: dict[int, Any] = {}
     bases: dict[int, Tensor] = {}
@@ -46,9 +46,9 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
             )
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
     for parameter in model.parameters():
-        if hasattr(parameter, "__tensor_flatten__"):
+        if hasattr(parameter, "__tensor_flatten__") or hasattr(parameter, "SCB"):
             raise ValueError(
-                f"weights must be plain tensors or those of bitsandbytes, got a {type(parameter).__name__}; measure "
+                f"weights must be plain tensors or 4-bit ones of bitsandbytes, got {type(parameter).__name__}; measure "
                 "the step with MeasureMemory instead"
             )
     yield from stored_tensors(model)

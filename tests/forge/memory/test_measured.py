@@ -111,6 +111,6 @@ def test_prediction_is_near_the_real_peak_on_cuda(kind: str, tmp_path: Path) -> 
         model = lora(model) if kind == "LoRA" else model.bfloat16() if kind == "full, bf16" else model
     autocast = torch.bfloat16 if kind in ("full, autocast", "QLoRA") else None
     report = profile_training_memory(model, BATCH, TOKENS, autocast=autocast, target="cuda")
-    real = measured(model, tmp_path, use_cpu=False, bf16=autocast is not None, optim="adamw_torch")
+    real = measured(model, tmp_path, use_cpu=False, bf16=autocast is not None)
     workspaces = 32 * 2**20
     assert report.peak_bytes * 0.97 <= real.peak_bytes <= report.peak_bytes * 1.03 + workspaces

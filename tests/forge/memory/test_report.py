@@ -190,6 +190,13 @@ def test_bad_input_says_rule_value_and_fix(
         profile_training_memory(given, **(sizes | options))
 
 
+def test_weights_in_8_bits_are_refused() -> None:
+    model = llama()
+    model.lm_head.weight.SCB = torch.ones(300)
+    with pytest.raises(ValueError, match="plain tensors or 4-bit ones of bitsandbytes, got Parameter"):
+        predicted(model)
+
+
 def test_more_tokens_than_positions_warn() -> None:
     with pytest.warns(UserWarning, match="at most the model's 32 positions, got 64"):
         predicted(llama_config(max_position_embeddings=32))
