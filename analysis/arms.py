@@ -104,10 +104,14 @@ def layout_of(experiment: str) -> Layout:
 
 
 def factors_of(campaign: Campaign) -> list[str]:
-    """Names of the factors of a campaign, conditions that act as factors included, in the order of its layout."""
-    names = {name for record in campaign.records for name in record.spec.factors}
-    names |= set(layout_of(campaign.experiment).conditions)
-    first = [name for name in layout_of(campaign.experiment).order if name in names]
+    """Names of the factors of a campaign that its layout does not fix, in the layout's order.
+
+    Conditions that act as factors are among them.
+    """
+    layout = layout_of(campaign.experiment)
+    names = {name for record in campaign.records for name in record.spec.factors} - set(layout.where)
+    names |= set(layout.conditions)
+    first = [name for name in layout.order if name in names]
     return [*first, *sorted(names - set(first))]
 
 

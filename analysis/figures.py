@@ -256,12 +256,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = options_of("figures", argv)
     try:
         names = experiments_with_results(options.results, options.experiment)
-        for name in names:
-            paths = write_figures(name, options.results, options.out)
-            print("\n".join(map(str, paths)) or f"{name}: no evidence yet, or no figure is declared in FIGURES")
-    except (UserError, CannotEstimate) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    for name in names:
+        try:
+            paths = write_figures(name, options.results, options.out)
+        except CannotEstimate as error:  # of an unfinished campaign
+            print(f"{name}: no figure yet: {error}")
+            continue
+        print("\n".join(map(str, paths)) or f"{name}: no evidence yet, or no figure is declared in FIGURES")
     return 0
 
 

@@ -76,6 +76,12 @@ SECTIONS = {
         "Сравнение presets на стандартных бенчмарках",
         "tests/forge/test_presets.py",
     ),
+    "lecture": Section(
+        "Adapters (лекция)", "✅ Статьи", "Утверждения лекции об адаптерах", "tests/forge/adapters/test_houlsby.py"
+    ),
+    "classic": Section(
+        "Classic fine-tuning", "✅ Практика", "Утверждения о классическом fine-tuning", "tests/forge/test_presets.py"
+    ),
     "quantization": Section(
         "Quantization",
         "✅ Dettmers et al. 2023",
