@@ -70,6 +70,19 @@ LAYOUTS: dict[str, Layout] = {
             "quantity": ("weights", "layer_outputs", "hidden_state", "logits"),
         },
     ),
+    "lora_scaling": Layout(
+        metric="tuned_loss",
+        also=(
+            "tuned_accuracy",
+            "chosen_learning_rate",
+            "chosen_at_edge",
+            "usable_decades",
+            "highest_usable_learning_rate",
+        ),
+        arm="variant",
+        control="centre",
+        order={"track": ("classification",), "method": ("full", "lora"), "variant": ("centre",)},
+    ),
     "monitor_detection": Layout(
         metric="detected",
         also=("detected_at_once", "detection_delay_steps"),

@@ -29,7 +29,7 @@ Kind = Literal["definition", "history", "advice", "tested"]
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a source document on averaging, freezing, memory or monitoring."""
+    """A sentence of a source document."""
 
     seed: str
     line: int
@@ -84,6 +84,16 @@ SENTENCES = (
     Sentence("000", 102, "Memory profiling: 0 % vs 50 % vs 75 % frozen", ("freeze-*-saves-peak-memory-*",)),
     Sentence("000", 103, "Quality comparison: frozen vs full fine-tuning", ("freeze-*-same-quality-*",)),
     Sentence("000", 104, "Optimal freeze ratio для разных задач", ("freeze-best-share-differs-*",)),
+    Sentence("000", 121, "Warmup: 10 % предотвращает destabilization в начале", ("lora-warmup-*",)),
+    Sentence("000", 122, "Cosine schedule", ("lora-cosine-beats-*",)),
+    Sentence(
+        "000", 125, "r=16: баланс качество/эффективность", ("lora-rank-16-near-best", "lora-rank-64-gains-little")
+    ),
+    Sentence("000", 126, "lora_alpha=32: рекомендуемый alpha=2*r", ("lora-alpha-*",)),
+    Sentence("000", 127, "target_modules: q,k,v,o projections (максимальный эффект)", ("lora-attention-beats-*",)),
+    Sentence("000", 130, "NF4 quantization: лучше, чем INT4, для weights", ("quant-nf4-beats-int4-*",)),
+    Sentence("000", 131, "Double quantization: дополнительная экономия памяти", ("quant-double-saves-0.37-bit",)),
+    Sentence("000", 132, "BF16 compute: лучшая точность, чем FP16", ("quant-bf16-beats-fp16-*",)),
     Sentence("000", 155, "Мониторинг для раннего обнаружения проблем", ("monitor-detects-at-once-*",)),
     Sentence(
         "000",
@@ -99,6 +109,19 @@ SENTENCES = (
     Sentence("000", 173, "Unit тесты на gradient detection", kind="tested"),
     Sentence("000", 174, "Real-world monitoring во время обучения", ("monitor-quiet-*",)),
     Sentence("001", 299, "Замораживайте слои: LP-LoRA даёт хорошие результаты", ("freeze-*-same-quality-*-lora",)),
+    Sentence("002", 241, "Double quantization: 20–30 % памяти", ("quant-double-saves-20-to-30-percent",)),
+    Sentence("002", 241, "Double quantization: при почти неизменной точности", ("quant-double-keeps-*",)),
+    Sentence(
+        "002",
+        251,
+        "LoRA хорошо при достаточном r, но на сложных задачах SFT лучше",
+        ("lora-rank-1-behind-*", "lora-rank-64-not-behind-sft", "lora-behind-on-harder-task"),
+    ),
+    Sentence("002", 252, "LoRA полезна и для MLP-слоёв", ("lora-mlp-beats-attention-*", "lora-all-beats-attention-*")),
+    Sentence("002", 253, "LoRA устойчива при большем LR, чем SFT", ("lora-best-rate-above-sft-*", "lora-usable-*")),
+    Sentence(
+        "002", 254, "При больших batch size точность немного снижается", ("lora-accuracy-falls-*", "lora-loses-more-*")
+    ),
     Sentence("003", 9, "EMA поддерживает сглаженную версию весов модели", kind="definition"),
     Sentence("003", 15, "EMA веса обычно дают лучшее качество на eval, чем финальные", ("ema-*-lowers-loss-*",)),
     Sentence("003", 23, "Веса «прыгают» между batch'ами: EMA усредняет изменения", ("ema-reduces-spread-*",)),
@@ -123,6 +146,8 @@ SENTENCES = (
     Sentence("003", 180, "EMA основан на работе Polyak (1990)", kind="history"),
     Sentence("003", 187, "Используется в Stable Diffusion, DALL-E 2, Imagen", kind="history"),
     Sentence("003", 199, "3 строки кода: +1–3 % качества", ("ema-*-lowers-loss-*",)),
+    Sentence("004", 75, "learning_rate: 2e-5 – 5e-5", ("lora-sft-usual-rate-near-best",)),
+    Sentence("004", 83, "Слишком высокий LR может привести к дестабилизации", ("lora-sft-too-high-rate-*",)),
 )
 
 
@@ -150,7 +175,7 @@ def page(findings: Sequence[Finding]) -> str:
         [
             "# Claims",
             "Written by `python -m analysis.claims_page` from the experiments and `results/`; do not edit.",
-            f"{len(SENTENCES)} sentences of the sources on averaging, freezing, memory and monitoring: "
+            f"{len(SENTENCES)} sentences of the sources that an experiment is about: "
             f"{judged} are judged by claims, {neither} assert nothing that an experiment could decide, "
             f"**{len(unclaimed)} without a claim yet**. "
             f"{len(findings)} claims: {len(findings) - len(pending)} have evidence, **{len(pending)} are open**.",
