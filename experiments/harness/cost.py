@@ -67,7 +67,14 @@ def stop_between_parts(context: TrialContext) -> None:
 
 
 def observe_memory(
-    into: Measurements, run: Run, ingredients: Any, seed: int, work_dir: Path, **conditions: Scalar
+    into: Measurements,
+    run: Run,
+    ingredients: Any,
+    seed: int,
+    work_dir: Path,
+    *,
+    predict: bool = True,
+    **conditions: Scalar,
 ) -> MeasuredMemory:
     """Add the peak memory of a real training step by component, and what is predicted for it.
 
@@ -80,20 +87,23 @@ def observe_memory(
         ingredients: of the run, with the model as it is to be trained.
         seed: of the data order.
         work_dir: for the Trainer's files.
+        predict: also predict it.
         **conditions: of the observations.
     """
     from experiments.harness.training import train
     from forge.memory import MeasureMemory, profile_training_memory
 
-    model = ingredients.model
-    predicted = profile_training_memory(
-        model,
-        run.batch_size,
-        run.sequence_length,
-        autocast=torch.bfloat16 if run.precision == "bf16" else None,
-        padding=collator_of(ingredients) is not None,
-        target="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    model, figures = ingredients.model, {}
+    if predict:
+        predicted = profile_training_memory(
+            model,
+            run.batch_size,
+            run.sequence_length,
+            autocast=torch.bfloat16 if run.precision == "bf16" else None,
+            padding=collator_of(ingredients) is not None,
+            target="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        figures[PREDICTED_PEAK] = predicted.peak_bytes
     measure = MeasureMemory(step=MEASURED_STEP)
     plan = run.plan(seed, MEASURED_STEP, "constant")
     collator = fixed_length_collator(run, ingredients)
@@ -103,9 +113,8 @@ def observe_memory(
     expected = sum(p.numel() * p.element_size() for p in trainable)
     name = " ".join(["gradient_bytes", *map(str, conditions.values())])
     into.checks += ManipulationCheck.each(**{name: (expected, measured.gradients_bytes)})
-    figures = {
+    figures |= {
         PEAK_MEMORY: measured.peak_bytes,
-        PREDICTED_PEAK: predicted.peak_bytes,
         PARAMETER_MEMORY: measured.parameters_bytes,
         GRADIENT_MEMORY: measured.gradients_bytes,
         OPTIMIZER_MEMORY: measured.optimizer_bytes,

@@ -253,6 +253,8 @@ def load_classifier(
     config.num_labels, config.problem_type = num_labels, "single_label_classification"
     preset = preset or _preset(method)
     options = _loading_options(preset, pretrained=not (model in _TINY_CONFIGS or random_init))
+    if "quantization_config" in options:  # the head is drawn and trained whole, and is no 4-bit layer
+        options["quantization_config"].llm_int8_skip_modules = ["classifier", "score"]
     if model in _TINY_CONFIGS or random_init:
         network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     else:
