@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_callback import TrainerCallback
+from transformers import TrainingArguments
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from experiments.harness import causal_lm, classification
 from experiments.harness.classification import ACCURACY, CLASSIFIER_LOSS, ClassificationRun
@@ -70,7 +71,7 @@ from forge.memory import MeasureMemory
 from forge.presets import Preset
 
 LOOKS = 4
-"""Evaluations on validation during the final run, evenly spread, the last one at its end."""
+"""Evaluations on validation during the final run."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,11 @@ class Subject:
             callbacks_of(preset, model, self.run.steps),
         )
 
-    def train(self, seed: int, work_dir: Path, callbacks: Sequence[TrainerCallback], looks: int = 0) -> TrainingOutcome:
-        """Train the model to the end, with this many evenly spread evaluations."""
-        run, data = self.run, self.ingredients
-        evaluate_at = tuple(sorted({max(1, run.steps * look // looks) for look in range(1, looks + 1)}))
-        return train(
-            data.model,
-            data.train,
-            data.validation,
-            run.plan(seed, run.steps, "cosine", evaluate_at=evaluate_at),
-            Part(work_dir),
-            callbacks,
-            collator=collator_of(data),
-            compute_metrics=classification.compute_metrics if self.classifies else None,
-        )
+    def train(self, seed: int, work_dir: Path, callbacks: Sequence[TrainerCallback]) -> TrainingOutcome:
+        """Train the model to the end of the run."""
+        data, plan = self.ingredients, self.run.plan(seed, self.run.steps, "cosine")
+        part = Part(work_dir)
+        return train(data.model, data.train, data.validation, plan, part, callbacks, collator=collator_of(data))
 
     def on_validation(self) -> tuple[dict[str, float], float]:
         """Loss, and of classes accuracy, on the validation split; and the seconds that it took."""
@@ -126,6 +118,26 @@ class Subject:
         outcomes, seconds = classification.outcomes_on_test(self.run, held_out, {"only": nullcontext})
         metrics = outcomes["only"].metrics
         return {"eval_loss": metrics["cross_entropy"], "accuracy": metrics["accuracy"]}, seconds
+
+
+class Looks(TrainerCallback):
+    """Looks at validation at evenly spread steps, the last one the end of the run; goes after other callbacks.
+
+    The Trainer's own evaluation will not do: its loss holds AdaLoRA's penalty.
+    """
+
+    def __init__(self, subject: Subject, looks: int) -> None:
+        self._subject = subject
+        self._steps = {max(1, subject.run.steps * look // looks) for look in range(1, looks + 1)}
+        self.figures: dict[int, dict[str, float]] = {}
+        """By step."""
+        self.evaluation_sec = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look, if it is one of the steps."""
+        if state.global_step in self._steps:
+            self.figures[state.global_step], seconds = self._subject.on_validation()
+            self.evaluation_sec += seconds
 
 
 def measure_tuned(into: Measurements, subject: Subject, space: Space, seed: int, context: TrialContext) -> None:
@@ -210,16 +222,17 @@ def _final_run(into: Measurements, subject: Subject, chosen: Candidate, seed: in
     into.checks += checks_before(final.run, subject.ingredients, model, preset)
     before = _on_host(model)
     trains = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    measure = MeasureMemory(MEASURED_STEP)
-    outcome = final.train(seed, work_dir / "final", [*callbacks, measure], LOOKS)
+    measure, looks = MeasureMemory(MEASURED_STEP), Looks(final, LOOKS)
+    outcome = final.train(seed, work_dir / "final", [*callbacks, measure, looks])
+    training_sec = outcome.training_sec - looks.evaluation_sec
     moved = {name for name, p in _on_host(model, clone=False).items() if not torch.equal(p, before[name])}
     into.checks += checks_after(model, preset, callbacks) + ManipulationCheck.each(
         optimizer_steps=(steps, outcome.trainer.state.global_step),
         frozen_weights_that_moved=([], sorted(moved - trains.keys())),
         something_moved=(True, bool(moved)),
     )
-    into.seconds["training"] += outcome.training_sec
-    into.seconds["evaluation"] += outcome.evaluation_sec + _observe_quality(into, final)
+    into.seconds["training"] += training_sec
+    into.seconds["evaluation"] += looks.evaluation_sec + _observe_quality(into, final)
     memory: Any = measure.measured
     into.memory_bytes = {k.removesuffix("_bytes"): v for k, v in vars(memory).items() if k.endswith("_bytes")}
     figures: dict[Metric, float] = {
@@ -228,7 +241,7 @@ def _final_run(into: Measurements, subject: Subject, chosen: Candidate, seed: in
         PEAK_MEMORY: memory.peak_bytes,
         SAVED: saved_bytes(model, work_dir / "saved"),
         CHOSEN_RATE: chosen.learning_rate,
-        **_way_to_target(into, final, outcome, untrained, memory.peak_bytes),
+        **_way_to_target(into, final, looks.figures, untrained, training_sec, memory.peak_bytes),
     }
     if chosen.size is not None:
         figures[CHOSEN_SIZE] = chosen.size
@@ -250,14 +263,12 @@ def _untrained_loss(subject: Subject, seed: int) -> float:
 
 
 def _observe_quality(into: Measurements, final: Subject) -> float:
-    """Validation and test of the final run, and the other domain; returns the seconds that it took."""
-    run, trained = final.run, final.ingredients
-    figures, total_sec = final.on_validation()
-    _observe_validation(into, final, figures, "final", run.steps)
+    """Test outcome of the final run, of language models on the other domain too; returns the seconds that it took."""
+    run, trained, total_sec = final.run, final.ingredients, 0.0
     if final.classifies:
         outcomes, seconds = classification.outcomes_on_test(run, trained, {"final": nullcontext})
         classification.observe(into, outcomes["final"], run.steps, "final", per_example=(ACCURACY,))
-        return total_sec + seconds
+        return seconds
     elsewhere = causal_lm.on_other_text(run, trained, run.other_dataset)
     for metric, part in ((EVAL_LOSS, trained), (OTHER_LOSS, elsewhere)):
         losses, seconds = causal_lm.losses_on_test(run, part, {"final": nullcontext})
@@ -267,20 +278,22 @@ def _observe_quality(into: Measurements, final: Subject) -> float:
 
 
 def _way_to_target(
-    into: Measurements, final: Subject, outcome: TrainingOutcome, untrained: float | None, peak_bytes: int
+    into: Measurements,
+    final: Subject,
+    looks: Mapping[int, Mapping[str, float]],
+    untrained: float | None,
+    training_sec: float,
+    peak_bytes: int,
 ) -> dict[Metric, float]:
-    """Validation during the final run, and the seconds and bytes after which it had the fixed quality, if it had.
+    """Validation during the final run and at its end, and what the fixed quality took in seconds and bytes, if reached.
 
     Seconds are those of training alone, at the mean pace of the run.
     """
-    target, reached = final.run.target, []
-    for row in outcome.evaluations:
-        figures, step = {key.removeprefix("eval_"): value for key, value in row.items()}, int(row["step"])
-        figures["eval_loss"] = row["eval_loss"]
-        _observe_validation(into, final, figures, "curve", step)
-        good = figures["accuracy"] >= target if untrained is None else row["eval_loss"] <= (1 - target) * untrained
+    target, steps, reached = final.run.target, final.run.steps, []
+    for step, figures in looks.items():
+        _observe_validation(into, final, figures, "final" if step == steps else "curve", step)
+        good = figures["accuracy"] >= target if untrained is None else figures["eval_loss"] <= (1 - target) * untrained
         reached += [step] if good else []
     if not reached:
         return {REACHED: 0.0}
-    seconds = outcome.training_sec * reached[0] / final.run.steps
-    return {REACHED: 1.0, SECONDS_TO_TARGET: seconds, BYTES_TO_TARGET: peak_bytes}
+    return {REACHED: 1.0, SECONDS_TO_TARGET: training_sec * reached[0] / steps, BYTES_TO_TARGET: peak_bytes}

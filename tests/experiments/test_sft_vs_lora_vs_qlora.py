@@ -34,7 +34,7 @@ from experiments.harness.methods import (
 )
 from experiments.harness.models import load_tokenizer
 from experiments.harness.record import Measurements
-from experiments.harness.tuned import Subject, measure_tuned
+from experiments.harness.tuned import Looks, Subject, measure_tuned
 from experiments.sft_vs_lora_vs_qlora import (
     CLAIMS,
     FEW_SHOT,
@@ -230,7 +230,7 @@ def test_a_method_is_tuned_trained_and_proved(subjects, tmp_path, name):
     tried = [o for o in rows if o.get("arm") == "tuning" and o["metric"] == "eval_loss"]
     assert [o["tuning_run"] for o in tried] == [0, 1] and all(o["learning_rate"] > 0 for o in tried)
     curve = [o["step"] for o in rows if o.get("arm") == "curve" and o["metric"] == "accuracy"]
-    assert curve == [1, 3, 4, 6]
+    assert curve == [1, 3, 4]
     final = {(o["metric"], o.get("split")): o["value"] for o in rows if o.get("arm") == "final"}
     assert final["saved_bytes", None] > 0
     whole = sum(p.numel() for p in ingredients.model.parameters())
@@ -238,6 +238,18 @@ def test_a_method_is_tuned_trained_and_proved(subjects, tmp_path, name):
     assert final["peak_memory_bytes", None] == into.memory_bytes["peak"] > 0
     assert {split for metric, split in final if metric == "eval_loss"} == {"validation", "test"}
     assert final["chosen_learning_rate", None] in [o["learning_rate"] for o in tried]
+
+
+def test_looking_at_validation_does_not_change_training(subjects, tmp_path):
+    weights = []
+    for number, looked in enumerate((False, True)):
+        subject, _, callbacks = Subject("adalora", *subjects[SENTIMENT]).prepared(tuning.Candidate(1e-2, 8), 0)
+        looks = [Looks(subject, 3)] if looked else []
+        subject.train(0, tmp_path / str(number), [*callbacks, *looks])
+        weights.append([p.detach().clone() for p in subject.ingredients.model.parameters()])
+    assert all(map(torch.equal, *weights))
+    assert list(looks[0].figures) == [2, 4, 6] and looks[0].evaluation_sec > 0
+    assert looks[0].figures[6] == subject.on_validation()[0] != looks[0].figures[4]
 
 
 def test_weightlora_keeps_half_and_its_check_notices_if_not(subjects):
