@@ -177,7 +177,7 @@ class Settings:
             Space(self.lowest_rate, self.highest_rate, self.common_rates, run.tuning_runs)
 
 
-_SMOKE = {"random_init": True, "steps": 4, "tuning_runs": 2, "batch_size": 2, "precision": "fp32"}
+_SMOKE: dict[str, Any] = {"random_init": True, "steps": 4, "tuning_runs": 2, "batch_size": 2, "precision": "fp32"}
 _SMOKE_METHODS = ("sft", "lora", "adalora", "weightlora", "houlsby", "prefix-tuning", "prompt-tuning")
 """One of each kind; QLoRA needs pretrained weights."""
 
@@ -292,8 +292,8 @@ def _quality(spec: TrialSpec, context: TrialContext, run: Run, ingredients: Any,
     from experiments.harness.tuned import Subject, measure_tuned
 
     method = str(spec.factors["method"])
-    rates = (spec.settings[name] for name in ("lowest_rate", "highest_rate", "common_rates"))
-    space = Space(*rates, run.tuning_runs, METHODS[method].sizes)
+    lowest, highest, common = (spec.settings[name] for name in ("lowest_rate", "highest_rate", "common_rates"))
+    space = Space(lowest, highest, common, run.tuning_runs, METHODS[method].sizes)
     measure_tuned(into, Subject(method, run, ingredients), space, spec.seed, context)
 
 

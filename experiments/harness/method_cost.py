@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from experiments.harness.cost import MEASURED_STEP, observe_memory, step_times, stop_between_parts
@@ -58,7 +60,9 @@ def observe_costs(
         # Not predicted: the prediction cannot copy models with learned prompts, whose tokens PEFT keeps in a dict.
         observe_memory(into, own, with_method, seed, context.work_dir / name, predict=False, method=name)
         into.observations.append(Observation.of(BASE_PARAMS, base_params, MEASURED_STEP, method=name))
-        del with_method  # on CUDA what lives counts for the next one
+        del with_method
+        if torch.cuda.is_available():
+            gc.collect()  # all that lives there counts for the next one
     stop_between_parts(context)
     context.report(len(methods), len(methods) + 1, phase="step times")
     _observe_times(into, run, ingredients, {name: model_of(name) for name in methods}, rounds)

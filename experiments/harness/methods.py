@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +96,6 @@ def build(run: Run, ingredients: Ingredients, seed: int, preset: Preset | None) 
 
     from experiments.harness.models import load_causal_lm, load_classifier
 
-    gc.collect()  # trainers hold models in cycles, and a measured peak on CUDA counts all that lives
     base: Any = ingredients.model
     set_seed(seed)
     model: Any
@@ -154,13 +151,13 @@ def expected_trainable(base: Any, preset: Preset) -> int:
 
     options: Any = preset
     if preset.name in ("sft", "classic"):
-        return sum(p.numel() for p in base.parameters())
+        return sum(int(p.numel()) for p in base.parameters())
     body = {id(p) for p in base.base_model.parameters()}
     head = sum(p.numel() for p in base.parameters() if id(p) not in body) if task_type_of(base) == "SEQ_CLS" else 0
     shapes = base_linears(base)
     if preset.name == "houlsby":
         m, widths = options.bottleneck, [shapes[name][1] for name in find_sublayer_outputs(base)]
-        return head + sum(2 * m * d + d + m for d in widths)
+        return int(head + sum(2 * m * d + d + m for d in widths))
     if "virtual" in (METHODS[preset.name].size or ""):
         return head + _prompt_params(base.config, options)
     rank = options.init_r if preset.name == "adalora" else options.lora_r
@@ -208,7 +205,7 @@ def _starts_at_base(run: Run, ingredients: Ingredients, model: Any) -> bool:
     import torch
     from transformers import default_data_collator
 
-    rows = list(islice(ingredients.validation, run.batch_size))
+    rows = [ingredients.validation[i] for i in range(min(run.batch_size, len(ingredients.validation)))]
     batch = (collator_of(ingredients) or default_data_collator)(rows)
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}

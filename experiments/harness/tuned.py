@@ -8,6 +8,7 @@ model's), and, for language models, ``other_dataset``, on which forgetting is me
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -94,6 +95,7 @@ class Subject:
 
     def prepared(self, candidate: Candidate, seed: int) -> tuple[Subject, Preset, list[TrainerCallback]]:
         """The same at a setting of the method: with its learning rate and its model, drawn from a seed."""
+        gc.collect()  # a Trainer holds its model in cycles: the last one goes before the next one comes
         preset = preset_of(self.method, candidate.size, self.run.steps)
         model = build(self.run, self.ingredients, seed, preset)
         run = dataclasses.replace(self.run, learning_rate=candidate.learning_rate)
