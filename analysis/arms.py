@@ -83,6 +83,25 @@ LAYOUTS: dict[str, Layout] = {
         control="centre",
         order={"track": ("classification",), "method": ("full", "lora"), "variant": ("centre",)},
     ),
+    "sft_vs_lora_vs_qlora": Layout(
+        also=(
+            "perplexity",
+            "accuracy",
+            "other_domain_loss",
+            "trainable_share",
+            "saved_bytes",
+            "reached_target",
+            "seconds_to_target",
+            "chosen_learning_rate",
+        ),
+        where={"measure": "quality", "split": "test", "arm": "final"},
+        arm="method",
+        control="sft",
+        order={
+            "track": ("language_modelling",),
+            "method": ("zero-shot", "few-shot", "sft", "classic", "lora", "lora-all-linear", "qlora"),
+        },
+    ),
     "monitor_detection": Layout(
         metric="detected",
         also=("detected_at_once", "detection_delay_steps"),
@@ -213,8 +232,13 @@ def mechanics(campaign: Campaign, selector: Selector) -> dict[str, float]:
 
 
 def _matching_mean(observations: pd.DataFrame, metric: str, layout: Layout, cell: pd.DataFrame) -> float:
-    """Mean of a further metric over the trials, arm and step of one cell; NaN where it was not recorded."""
-    rows = select(observations[observations["metric"] == metric], layout.where)
+    """Mean of a further metric over the trials, arm and step of one cell; NaN where it was not recorded.
+
+    A condition of the layout that the metric never has (a size has no split) does not count for it.
+    """
+    rows = observations[observations["metric"] == metric]
+    where = {name: level for name, level in layout.where.items() if name in rows and rows[name].notna().any()}
+    rows = select(rows, where)
     keys = ["trial_id", layout.arm, "step"]
     return float(rows.merge(cell[keys], on=keys)["value"].mean())
 

@@ -87,13 +87,23 @@ SENTENCES = (
     Sentence("000", 121, "Warmup: 10 % предотвращает destabilization в начале", ("lora-warmup-*",)),
     Sentence("000", 122, "Cosine schedule", ("lora-cosine-beats-*",)),
     Sentence(
-        "000", 125, "r=16: баланс качество/эффективность", ("lora-rank-16-near-best", "lora-rank-64-gains-little")
+        "000",
+        125,
+        "r=16: баланс качество/эффективность",
+        ("lora-rank-16-near-best", "lora-rank-64-gains-little", "methods-lora-equals-sft-*"),
     ),
     Sentence("000", 126, "lora_alpha=32: рекомендуемый alpha=2*r", ("lora-alpha-*",)),
     Sentence("000", 127, "target_modules: q,k,v,o projections (максимальный эффект)", ("lora-attention-beats-*",)),
     Sentence("000", 130, "NF4 quantization: лучше, чем INT4, для weights", ("quant-nf4-beats-int4-*",)),
     Sentence("000", 131, "Double quantization: дополнительная экономия памяти", ("quant-double-saves-0.37-bit",)),
     Sentence("000", 132, "BF16 compute: лучшая точность, чем FP16", ("quant-bf16-beats-fp16-*",)),
+    Sentence(
+        "000",
+        143,
+        "SFT vs LoRA vs QLoRA: quality/speed tradeoff",
+        ("methods-qlora-equals-lora-*", "methods-lora-faster-than-sft-*", "methods-qlora-slower-*"),
+    ),
+    Sentence("000", 145, "Memory usage comparison", ("methods-*lora-less-memory-than-*",)),
     Sentence("000", 155, "Мониторинг для раннего обнаружения проблем", ("monitor-detects-at-once-*",)),
     Sentence(
         "000",
@@ -109,19 +119,34 @@ SENTENCES = (
     Sentence("000", 173, "Unit тесты на gradient detection", kind="tested"),
     Sentence("000", 174, "Real-world monitoring во время обучения", ("monitor-quiet-*",)),
     Sentence("001", 299, "Замораживайте слои: LP-LoRA даёт хорошие результаты", ("freeze-*-same-quality-*-lora",)),
+    Sentence("002", 100, "Модель «учится на лету», не обновляя веса", ("methods-few-shot-beats-zero-shot",)),
+    Sentence("002", 104, "Few-shot сопоставим с полным обучением SFT", ("methods-few-shot-equals-sft",)),
+    Sentence(
+        "002", 171, "Обучение векторов p_i напрямую даёт нестабильные результаты", ("methods-*-more-stable-than-*",)
+    ),
+    Sentence("002", 179, "P-tuning v2: обучаемые токены к каждому слою", ("methods-p-tuning-v2-beats-p-tuning",)),
+    Sentence("002", 183, "P-tuning v2 сравним с fine-tuning", ("methods-p-tuning-v2-equals-sft",)),
+    Sentence("002", 205, "AdaLoRA: ранги под каждый слой отдельно", ("methods-adalora-beats-lora",)),
+    Sentence("002", 213, "AdaLoRA: общий бюджет параметров сохраняется", ("methods-adalora-keeps-budget",)),
     Sentence("002", 241, "Double quantization: 20–30 % памяти", ("quant-double-saves-20-to-30-percent",)),
     Sentence("002", 241, "Double quantization: при почти неизменной точности", ("quant-double-keeps-*",)),
     Sentence(
         "002",
         251,
         "LoRA хорошо при достаточном r, но на сложных задачах SFT лучше",
-        ("lora-rank-1-behind-*", "lora-rank-64-not-behind-sft", "lora-behind-on-harder-task"),
+        (
+            "lora-rank-1-behind-*",
+            "lora-rank-64-not-behind-sft",
+            "lora-behind-on-harder-task",
+            "methods-lora-behind-sft-on-harder-task",
+        ),
     ),
     Sentence("002", 252, "LoRA полезна и для MLP-слоёв", ("lora-mlp-beats-attention-*", "lora-all-beats-attention-*")),
     Sentence("002", 253, "LoRA устойчива при большем LR, чем SFT", ("lora-best-rate-above-sft-*", "lora-usable-*")),
     Sentence(
         "002", 254, "При больших batch size точность немного снижается", ("lora-accuracy-falls-*", "lora-loses-more-*")
     ),
+    Sentence("002", 270, "WeightLoRA: топ-К адаптеров, остальные отключаем", ("methods-weightlora-*",)),
     Sentence("003", 9, "EMA поддерживает сглаженную версию весов модели", kind="definition"),
     Sentence("003", 15, "EMA веса обычно дают лучшее качество на eval, чем финальные", ("ema-*-lowers-loss-*",)),
     Sentence("003", 23, "Веса «прыгают» между batch'ами: EMA усредняет изменения", ("ema-reduces-spread-*",)),
@@ -146,8 +171,24 @@ SENTENCES = (
     Sentence("003", 180, "EMA основан на работе Polyak (1990)", kind="history"),
     Sentence("003", 187, "Используется в Stable Diffusion, DALL-E 2, Imagen", kind="history"),
     Sentence("003", 199, "3 строки кода: +1–3 % качества", ("ema-*-lowers-loss-*",)),
+    Sentence("004", 14, "Full fine-tuning: максимальное качество", ("methods-full-has-best-quality",)),
+    Sentence("004", 21, "Fine-tuning улучшает метрики", ("methods-full-beats-zero-shot-*",)),
     Sentence("004", 75, "learning_rate: 2e-5 – 5e-5", ("lora-sft-usual-rate-near-best",)),
+    Sentence("004", 81, "Catastrophic forgetting на маленьком датасете", ("methods-tuned-*-forgets",)),
     Sentence("004", 83, "Слишком высокий LR может привести к дестабилизации", ("lora-sft-too-high-rate-*",)),
+    Sentence("004", 89, "Обязательно сравнение с zero-shot и few-shot baseline", ("methods-full-beats-*",)),
+    Sentence(
+        "004",
+        102,
+        "LoRA / QLoRA: 0,5–2 % параметров, качество среднее",
+        ("methods-*-trains-half-*", "methods-lora-less-accurate-*"),
+    ),
+    Sentence(
+        "004",
+        103,
+        "Prompt-tuning: память очень низкая, качество низкое/среднее, быстрая адаптация",
+        ("methods-prompt-tuning-*",),
+    ),
 )
 
 

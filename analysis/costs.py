@@ -1,7 +1,7 @@
 """What a training step costs: measured memory by component, its prediction beside it, and time, one row an arm.
 
 Serves the sections «Layer Freezing» and «Memory Estimation» of THEORY.md through tables and blocks. It describes the
-records of any experiment that measured the memory of a step; the verdicts come from ``analysis.verdicts``.
+records of any experiment that measured what a step costs; the verdicts come from ``analysis.verdicts``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ NOTES = {
 def cost_table(campaign: Campaign) -> pd.DataFrame:
     """Means over seeds of all cost metrics, a row for each combination of conditions in the order of the plan.
 
-    Columns: the conditions, ``n`` (seeds), and those of ``METRICS`` that were recorded. Empty
-    where no trial measured the memory of a step.
+    Columns: the conditions, ``n`` (seeds), and those of ``METRICS`` that were recorded. Empty where no trial measured
+    both memory and time of a step.
     """
     observations = campaign.observations
-    if observations.empty or MEASURED not in set(observations["metric"]):
+    if observations.empty:
         return pd.DataFrame()
-    trials = observations.loc[observations["metric"] == MEASURED, "trial_id"].unique()
-    rows = observations[observations["metric"].isin(METRICS) & observations["trial_id"].isin(trials)]
+    memory, time = (observations.loc[observations["metric"] == metric, "trial_id"] for metric in (MEASURED, TIMES[0]))
+    rows = observations[observations["metric"].isin(METRICS) & observations["trial_id"].isin({*memory} & {*time})]
+    if rows.empty:
+        return pd.DataFrame()
     keys = [c for c in rows.columns if c not in _BOOKKEEPING and rows[c].notna().any()]
     wide = rows.pivot_table(index=keys, columns="metric", values="value", aggfunc="mean", sort=False)
     wide.insert(0, "n", rows.groupby(keys, sort=False)["seed"].nunique())

@@ -32,6 +32,7 @@ from analysis.evidence import in_order, is_default
 from analysis.formatting import ENGLISH
 from analysis.freezing import draw_freezing
 from analysis.load import Campaign, load_campaigns
+from analysis.pareto import draw_pareto
 from analysis.rates import draw_rates
 from analysis.style import CLAIMED, HUES, INK, MARKERS, MUTED, STYLE
 from analysis.tables import experiments_with_results, options_of
@@ -82,7 +83,11 @@ FIGURES = {
     )
 }
 
-DRAWN: dict[str, Callable[[Campaign], Figure]] = {"polyak_averaging": draw_rates, "freeze_ratio": draw_freezing}
+DRAWN: dict[str, Callable[[Campaign], Figure]] = {
+    "polyak_averaging": draw_rates,
+    "freeze_ratio": draw_freezing,
+    "sft_vs_lora_vs_qlora": draw_pareto,
+}
 """Experiments with a figure of their own kind."""
 
 FLOOR = 0.3

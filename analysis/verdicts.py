@@ -175,11 +175,12 @@ def _find(claim: Claim, campaign: Campaign, observations: pd.DataFrame, alpha: f
     if observations.empty:
         return _Finding("insufficient", "no trial yielded observations")
     try:
-        if not _planned_seeds(claim.estimand, campaign) or select(observations, claim.estimand.where).empty:
+        seeds = _planned_seeds(claim.estimand, campaign)
+        if not seeds or select(observations, claim.estimand.where).empty:
             return _Finding("insufficient", NOT_MEASURED)
-        observations = observations[observations["seed"].isin(_planned_seeds(claim.estimand, campaign))]
+        observations = observations[observations["seed"].isin(seeds)]
         values = per_seed_values(claim.estimand, observations)
-        _require_every_trial(claim.estimand, campaign, values)
+        _require_every_trial(claim.estimand, campaign, seeds, values)
         if alpha is None:
             estimate = exact_range(values)
             return _Finding(*_place(estimate, claim.region), estimate)
@@ -237,21 +238,17 @@ def _of_probability(estimand: Rate | Proportion, region: Region, estimate: Estim
     return _Finding(outcome, f"{reason}: {hint} at the observed rate", estimate, seeds_needed=needed)
 
 
-def _require_every_trial(estimand: Estimand, campaign: Campaign, values: pd.Series[float]) -> None:
-    """No trial that a claim is about may drop out unseen because it lacks a condition of the claim.
+def _require_every_trial(estimand: Estimand, campaign: Campaign, seeds: set[int], values: pd.Series[float]) -> None:
+    """No trial of these seeds may drop out of a claim unseen because it lacks a condition of the claim.
 
     Raises:
         CannotEstimate: if one that succeeded and whose factors agree with the claim's selectors has no value.
     """
-    arms, seeds = selectors(estimand), _planned_seeds(estimand, campaign)
+    arms = selectors(estimand)
     for record in campaign.ok_records:
         about = any(agrees(record.spec.factors, {**estimand.where, **arm}) for arm in arms)
-        if (
-            about
-            and record.spec.seed in seeds
-            and record.spec.seed not in values.index
-            and record.trial_id not in values.index
-        ):
+        has_value = record.spec.seed in values.index or record.trial_id in values.index
+        if about and record.spec.seed in seeds and not has_value:
             wanted = ", ".join(sorted({name for arm in arms for name in (*estimand.where, *arm)})) or "the metric"
             raise CannotEstimate(
                 f"every trial that a claim is about must record what it needs ({wanted}), but trial {record.trial_id} "

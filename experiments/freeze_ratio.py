@@ -54,6 +54,7 @@ from experiments.harness.record import (
     EVAL_LOSS,
     GRADIENT_MEMORY,
     OPTIMIZER_MEMORY,
+    OTHER_LOSS,
     PEAK_MEMORY,
     PREDICTED_PEAK,
     STEP_TIME,
@@ -69,7 +70,6 @@ from experiments.harness.tasks import collator_of, prepare
 LM, SENTIMENT = "language_modelling", "classification"
 METHODS = ("full", "lora")
 
-OTHER_LOSS = Metric("other_domain_loss", "nats/token", "minimize")
 SEED_FORMULA = Metric("seed_formula_bytes", "bytes", "none")
 
 

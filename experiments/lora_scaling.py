@@ -57,7 +57,6 @@ from experiments.harness.record import EVAL_LOSS, Measurements, TrialSpec
 
 SENTIMENT, LM = "classification", "language_modelling"
 CENTRE, NO_WARMUP = "centre", "no_warmup"
-METHODS = ("full", "lora")
 
 
 @dataclass(frozen=True)
@@ -332,6 +331,9 @@ def _preset_claims() -> Iterator[Claim]:
         _tuned(_lora("rank_64"), _LORA),
         Region(high=0.02),
     )
+
+
+def _schedule_claims() -> Iterator[Claim]:
     for schedule, word in (("constant", "постоянного"), ("linear", "линейного")):
         yield _claim(
             f"cosine-beats-{schedule}",
@@ -360,7 +362,7 @@ def _preset_claims() -> Iterator[Claim]:
     )
 
 
-def _lecture_claims() -> Iterator[Claim]:
+def _mlp_claims() -> Iterator[Claim]:
     for targets, words in (("mlp", "на MLP"), ("all", "на всех линейных слоях")):
         for task in _TASKS if targets == "all" else (SENTIMENT,):
             yield _claim(
@@ -371,6 +373,9 @@ def _lecture_claims() -> Iterator[Claim]:
                 _LOWER,
                 f"{_TASKS[task]}, {_TUNED}",
             )
+
+
+def _rate_claims() -> Iterator[Claim]:
     for task in _TASKS:
         yield _claim(
             f"best-rate-above-sft-{task}",
@@ -379,14 +384,6 @@ def _lecture_claims() -> Iterator[Claim]:
             ArgBestShift(EVAL_LOSS.name, "learning_rate", _SFT, _LORA, {**_TEST, "track": task}),
             Region(low=math.log10(3)),
             _TASKS[task],
-        )
-        yield _claim(
-            f"rank-1-behind-sft-{task}",
-            "При недостаточном r LoRA отстаёт: с r = 1 loss больше, чем у SFT",
-            _HARD,
-            _tuned(_lora("rank_1"), _SFT, {**_TEST, "track": task}),
-            _HIGHER,
-            f"{_TASKS[task]}, {_TUNED}",
         )
     yield _claim(
         "usable-rate-above-sft",
@@ -404,6 +401,18 @@ def _lecture_claims() -> Iterator[Claim]:
         Region(low=1.0),
         "в декадах",
     )
+
+
+def _rank_claims() -> Iterator[Claim]:
+    for task in _TASKS:
+        yield _claim(
+            f"rank-1-behind-sft-{task}",
+            "При недостаточном r LoRA отстаёт: с r = 1 loss больше, чем у SFT",
+            _HARD,
+            _tuned(_lora("rank_1"), _SFT, {**_TEST, "track": task}),
+            _HIGHER,
+            f"{_TASKS[task]}, {_TUNED}",
+        )
     yield _claim(
         "rank-1-behind-rank-16",
         "LoRA нужен достаточный r: с r = 1 loss больше, чем с r = 16",
@@ -427,6 +436,9 @@ def _lecture_claims() -> Iterator[Claim]:
         _HIGHER,
         f"языковое моделирование против классификации, r = 16, {_TUNED}",
     )
+
+
+def _batch_claims() -> Iterator[Claim]:
     large, small = {"variant": "batch_128"}, {"variant": "batch_4"}
     yield _claim(
         "accuracy-falls-a-little-at-large-batch",
@@ -478,8 +490,17 @@ def _classic_claims() -> Iterator[Claim]:
     )
 
 
-_SECTIONS = {"presets": _preset_claims(), "lecture": _lecture_claims(), "classic": _classic_claims()}
-CLAIMS = tuple(dataclasses.replace(c, section=section) for section, claims in _SECTIONS.items() for c in claims)
+_SECTIONS = {
+    "presets": (_preset_claims, _schedule_claims),
+    "lecture": (_mlp_claims, _rate_claims, _rank_claims, _batch_claims),
+    "classic": (_classic_claims,),
+}
+CLAIMS = tuple(
+    dataclasses.replace(claim, section=section)
+    for section, groups in _SECTIONS.items()
+    for g in groups
+    for claim in g()
+)
 
 EXPERIMENT = Experiment(
     name="lora_scaling",

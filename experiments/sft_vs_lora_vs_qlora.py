@@ -48,6 +48,7 @@ from experiments.harness.experiment import Experiment, TrialContext, UserError, 
 from experiments.harness.methods import METHODS
 from experiments.harness.record import (
     EVAL_LOSS,
+    OTHER_LOSS,
     PEAK_MEMORY,
     STEP_TIME,
     TRAINABLE_PARAMS,
@@ -58,7 +59,6 @@ from experiments.harness.record import (
 from experiments.harness.tuning import (
     BASE_PARAMS,
     FIRST_TUNING_SEED,
-    OTHER_LOSS,
     RANK_BUDGET,
     RANK_SUM,
     RATE_SPREAD,

@@ -17,8 +17,7 @@ import numpy as np
 from experiments.harness.causal_lm import CausalLMRun
 from experiments.harness.classification import ACCURACY, MACRO_F1, ClassificationRun
 from experiments.harness.experiment import UserError
-from experiments.harness.record import EVAL_LOSS, ExampleOutcome, Measurements, Observation
-from experiments.harness.tuning import OTHER_LOSS
+from experiments.harness.record import EVAL_LOSS, OTHER_LOSS, ExampleOutcome, Measurements, Observation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

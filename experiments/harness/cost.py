@@ -109,6 +109,7 @@ def observe_memory(
     collator = fixed_length_collator(run, ingredients)
     train(model, ingredients.train, ingredients.validation, plan, Part(work_dir), [measure], collator=collator)
     measured = measure.measured
+    assert measured is not None  # or train() would have raised
     trainable = [p for p in model.parameters() if p.requires_grad]
     expected = sum(p.numel() * p.element_size() for p in trainable)
     name = " ".join(["gradient_bytes", *map(str, conditions.values())])

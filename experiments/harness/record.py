@@ -29,6 +29,8 @@ class Metric(NamedTuple):
 
 
 EVAL_LOSS = Metric("eval_loss", "nats/token", "minimize")
+OTHER_LOSS = Metric("other_domain_loss", "nats/token", "minimize")
+"""On a domain that was not trained on."""
 PERPLEXITY = Metric("perplexity", "1", "minimize")
 PEAK_MEMORY = Metric("peak_memory_bytes", "bytes", "minimize")
 PREDICTED_PEAK = Metric("predicted_peak_bytes", "bytes", "none")

@@ -38,6 +38,7 @@ from experiments.harness.methods import (
 )
 from experiments.harness.record import (
     EVAL_LOSS,
+    OTHER_LOSS,
     PEAK_MEMORY,
     TRAINABLE_PARAMS,
     ManipulationCheck,
@@ -53,7 +54,6 @@ from experiments.harness.tuning import (
     CHOSEN_SIZE,
     DIVERGED_RUNS,
     FIRST_TUNING_SEED,
-    OTHER_LOSS,
     RANK_BUDGET,
     RANK_SUM,
     RATE_SPREAD,

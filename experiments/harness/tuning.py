@@ -18,7 +18,6 @@ from pathlib import Path
 from experiments.harness.experiment import UserError
 from experiments.harness.record import Metric
 
-OTHER_LOSS = Metric("other_domain_loss", "nats/token", "minimize")
 BASE_PARAMS = Metric("base_params", "1", "none")
 TRAINABLE_SHARE = Metric("trainable_share", "1", "none")
 SAVED = Metric("saved_bytes", "bytes", "minimize")
@@ -108,7 +107,8 @@ def tune(
     """Run a study to the end of its budget; runs that ``file`` has from an earlier call are not trained again.
 
     The sampler is seeded and sees the same results in the same order, so that an interrupted study ends as one that
-    was not.
+    was not. Should it suggest something else than ``file`` has there (another version of Optuna), that run and those
+    after it are trained anew.
 
     Args:
         train: trains and gives the figures of one candidate on validation.
@@ -135,13 +135,13 @@ def tune(
         rate = trial.suggest_float("learning_rate", space.lowest_rate, space.highest_rate, log=True)
         size = space.sizes[trial.suggest_int("size_number", 0, len(space.sizes) - 1)] if space.sizes else None
         candidate = Candidate(rate, size)
-        if number < len(finished):
-            figures = finished[number]["figures"]
+        if number < len(finished) and finished[number]["candidate"] == dataclasses.asdict(candidate):
+            runs.append(TuningRun(candidate, number < space.common, finished[number]["figures"]))
         else:
+            finished = []
             before_each(number)
-            figures = train(candidate)
-        runs.append(TuningRun(candidate, number < space.common, figures))
-        _write(file, runs)
+            runs.append(TuningRun(candidate, number < space.common, train(candidate)))
+            _write(file, runs)
         study.tell(trial, runs[-1].score)
     return runs
 

@@ -90,13 +90,18 @@ def _warn_of_broken_rows(model: nn.Module) -> None:
 
 
 def _dequantised(quantised: Any) -> nn.Linear:
+    """An ordinary layer with the weights of a 4-bit one; a head that no checkpoint holds has not been quantised yet."""
     from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Params4bit
 
     linear = nn.Linear(quantised.in_features, quantised.out_features, bias=quantised.bias is not None)
-    state = copy.copy(quantised.weight.quant_state)
-    state.shape = torch.Size([linear.weight.numel()])  # as one row, which bitsandbytes reads rightly on a CPU too
+    weight = quantised.weight.data
+    if isinstance(quantised.weight, Params4bit):
+        state = copy.copy(quantised.weight.quant_state)
+        state.shape = torch.Size([linear.weight.numel()])  # as one row, which bitsandbytes reads rightly on a CPU too
+        weight = dequantize_4bit(weight, state).view_as(linear.weight)
     with torch.no_grad():
-        linear.weight.copy_(dequantize_4bit(quantised.weight.data, state).view_as(linear.weight))
+        linear.weight.copy_(weight)
         if quantised.bias is not None:
             linear.bias.copy_(quantised.bias)
     return linear.to(quantised.weight.device)

@@ -16,6 +16,7 @@ FIGURES = {
     "parameter_bytes": 1e6,
     "gradient_bytes": 5e5,
     "optimizer_bytes": 1e6,
+    "step_time_sec": 0.25,
 }
 
 
@@ -43,11 +44,16 @@ def test_means_over_seeds_and_ratios_to_the_peak(campaign):
     assert table.loc["half", "peak_memory_bytes"] == 2.5e6
     assert list(table["n"]) == [2, 2]
     english, russian = cost_markdown(found, "en", ENGLISH), cost_markdown(found, "ru", RUSSIAN)
-    assert "| none | 1.0 | 0.5 | 1.0 | 4.0 | 4.1 (1.0250) | 1.0 (0.2500) | — | — | 2 |" in english
-    assert "| half | 1,0 | 0,5 | 1,0 | 2,5 | 4,1 (1,6400) | 1,0 (0,4000) | — | — | 2 |" in russian
+    assert "| none | 1.0 | 0.5 | 1.0 | 4.0 | 4.1 (1.0250) | 1.0 (0.2500) | 0.250 | — | 2 |" in english
+    assert "| half | 1,0 | 0,5 | 1,0 | 2,5 | 4,1 (1,6400) | 1,0 (0,4000) | 0,250 | — | 2 |" in russian
 
 
 def test_nothing_where_no_memory_was_measured(campaign):
     found = campaign(lambda seed: [{"value": 1.0, "arm": "raw"}])
     assert cost_table(found).empty
     assert cost_markdown(found, "en", ENGLISH) == ""
+
+
+def test_trials_of_quality_that_note_their_peak_are_no_costs(campaign):
+    quality = {"metric": "peak_memory_bytes", "unit": "bytes", "value": 9e9, "arm": "final"}
+    assert cost_table(campaign(lambda seed: [quality])).empty

@@ -116,3 +116,13 @@ def test_the_spread_is_over_the_common_rates():
 def test_wrong_spaces(arguments, message):
     with pytest.raises(UserError, match=message):
         Space(*arguments)
+
+
+def test_what_another_study_has_tried_is_trained_anew(tmp_path):
+    """As after an update of Optuna: the file holds figures of settings that this study does not ask for."""
+    file = tmp_path / "runs.json"
+    tune(loss_of, SPACE, 3, file, nothing)
+    asked = []
+    runs = tune(loss_of, SPACE, 4, file, asked.append)
+    assert asked == [3, 4, 5, 6, 7]
+    assert runs == tune(loss_of, SPACE, 4, tmp_path / "fresh.json", nothing)

@@ -12,7 +12,15 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    set_seed,
+)
 from trl import DPOTrainer
 
 from forge import get_preset, setup_lp_lora_style
@@ -87,11 +95,14 @@ def test_gradients_of_qlora_stay_right_after_an_evaluation(folder: Path) -> None
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def narrow_llama(folder: Path, hidden_size: int) -> Path:
-    config = LlamaConfig(
+def narrow_config(hidden_size: int) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=120, hidden_size=hidden_size, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def narrow_llama(folder: Path, hidden_size: int) -> Path:
+    LlamaForCausalLM(narrow_config(hidden_size)).save_pretrained(folder)
     return folder
 
 
@@ -105,6 +116,18 @@ def test_rows_that_are_no_whole_blocks_warn_on_a_cpu(tmp_path: Path, hidden_size
     said = [str(w.message) for w in caught if "whole blocks of 64 on a CPU" in str(w.message)]
     assert len(said) == (hidden_size % 64 > 0)
     assert all("got 96 inputs in" in message for message in said)
+
+
+def test_a_head_that_the_checkpoint_lacks_is_trained_as_it_was_drawn(tmp_path: Path) -> None:
+    LlamaModel(narrow_config(64)).save_pretrained(tmp_path)
+    preset = get_preset("qlora")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, quantization_config=preset.get_bnb_config()
+    )
+    drawn = model.score.weight.detach().clone()
+    prepared = preset.prepare(model)
+    (head,) = (p for name, p in prepared.named_parameters() if "score.modules_to_save" in name)
+    assert drawn.std() > 0 and torch.equal(head, drawn) and head.requires_grad
 
 
 def test_the_flow_of_seed_001(folder: Path, tmp_path: Path) -> None:
