@@ -37,6 +37,8 @@ class Allocation:
     """Whose forward pass made it; empty elsewhere."""
     in_forward_code: bool
     """Made by the forward pass, or by its repetition within the backward pass under checkpointing."""
+    node: tuple[str, int] | None
+    """Of the graph whose formula made it; None elsewhere."""
     kept_for_backward: bool = False
     """Alive when forward code gave way to the formulas of the backward pass."""
     alive: bool = True
@@ -69,6 +71,12 @@ _CHEAPER: dict[str, Callable[..., Any]] = {
 """Frequent operations that ``FakeTensorMode`` is slow at, by others that do the same to memory."""
 
 
+def _current_node() -> tuple[str, int] | None:
+    """Name and number of the node of the autograd graph that is being evaluated."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else (node.name(), node._sequence_nr())
+
+
 class DataDependentError(ValueError):
     """The step's course depends on the values of tensors, which fake ones do not have."""
 
@@ -90,6 +98,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self._modules: list[str] = []
         self._was_forward_code = False
+        self._summed: tuple[Allocation, int] | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -138,6 +147,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "aten::_local_scalar_dense":
             return self._scalar(args[0])
         self._note_turn(self._in_forward_code())
+        self._summed = None
         if name == "bitsandbytes::gemm_4bit":
             with self:
                 return _dequantise_and_multiply(*args, **(kwargs or {}))
@@ -149,8 +159,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._observe(leaf, name)
+        if name == "aten::add" and self.phase == "backward":
+            self._note_sum(args[0])
         del buffers
         return result
+
+    def _note_sum(self, gradient: Tensor) -> None:
+        """Mark a gradient to which the engine adds another one that belongs to the same node.
+
+        It does so in place if nobody else holds the gradient, but never while a mode such as this one is active
+        (``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp). If nobody did, the gradient dies next, and
+        its death counts as before the birth of the sum. A sum within a formula adds to what the same node made.
+        """
+        if not self._in_forward_code() and not gradient._is_view():
+            allocation = self._observe(gradient, "")
+            self._summed = (allocation, len(self.log) - 1) if allocation.node != _current_node() else None
 
     def _leave(self) -> None:
         self._modules.pop()
@@ -175,6 +198,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operation=origin,
             module=self._modules[-1] if self._modules else "",
             in_forward_code=self._in_forward_code(),
+            node=_current_node(),
         )
         self._live[id(storage)] = (weakref.ref(storage, self._at_death_of(id(storage), made)), made)
         self.log.append(Event(1, made, self.phase))
@@ -184,7 +208,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def note(_: object) -> None:
             del self._live[key]
             allocation.alive = False
-            self.log.append(Event(-1, allocation, self.phase))
+            summed, place = self._summed or (None, 0)
+            self.log.insert(place if summed is allocation else len(self.log), Event(-1, allocation, self.phase))
 
         return note
 
