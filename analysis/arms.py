@@ -199,7 +199,7 @@ def arm_table(campaign: Campaign, layout: Layout) -> pd.DataFrame:
     table = []
     for levels, cell in rows.groupby(keys, sort=False, dropna=False):
         row: dict[Hashable, object] = dict(zip(keys, levels, strict=True))
-        row |= {name: cell[name].iloc[0] for name in described}
+        row |= {name: next(iter(cell[name].dropna()), np.nan) for name in described}
         row |= {"n": cell["seed"].nunique()}
         row |= {f"{layout.metric}_mean": cell["value"].mean(), f"{layout.metric}_sd": cell["value"].std(ddof=1)}
         row |= {f"{metric}_mean": _matching_mean(further, metric, layout, cell) for metric in layout.also}

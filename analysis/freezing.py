@@ -19,7 +19,7 @@ from analysis.estimands import CannotEstimate, select
 from analysis.load import Campaign
 from analysis.style import HUES, INK, MUTED, STYLE
 
-NONE = "lower_0"
+NONE, PERCENT = "lower_0", "percent_frozen"
 CONTROLS: dict[str, tuple[str, str, Literal["left", "right"], float]] = {
     "upper_50": ("upper half instead", "v", "left", -3.0),
     "lower_50_embeddings_trained": ("lower half, embeddings trained", "D", "right", 3.0),
@@ -54,8 +54,9 @@ def draw_freezing(campaign: Campaign) -> Figure:
     for upper, lower, (track, method) in zip(axes[0], axes[1], pairs, strict=True):
         group = {"track": track, "method": method}
         upper.set_title(f"{NAMES[track]}, {NAMES[method]}", loc="left", fontsize=11.5, fontweight="bold")
-        _loss_panel(upper, select(quality, group))
-        _saved_panel(lower, select(cost, group))
+        arms = _with_percent(select(quality, group))
+        _loss_panel(upper, arms)
+        _saved_panel(lower, select(cost, group).merge(arms[["frozen", PERCENT]], on="frozen"))
         lower.set_xlabel("layers frozen, %")
     axes[0][0].set_ylabel("reduction of test loss\nagainst no freezing, %")
     axes[1][0].set_ylabel("saved against no freezing, %")
@@ -84,7 +85,7 @@ def _bars(axis: Axes, rows: pd.DataFrame, shift: float, **style: Any) -> None:
         return
     middle = 100 * rows[REDUCTION]
     reach = [middle - 100 * rows[f"{REDUCTION}_low"], 100 * rows[f"{REDUCTION}_high"] - middle]
-    axis.errorbar(_percent(rows) + shift, middle, yerr=reach, capsize=2, **style)
+    axis.errorbar(rows[PERCENT] + shift, middle, yerr=reach, capsize=2, **style)
 
 
 def _saved_panel(axis: Axes, rows: pd.DataFrame) -> None:
@@ -93,11 +94,13 @@ def _saved_panel(axis: Axes, rows: pd.DataFrame) -> None:
     whole = select(below, {"frozen": NONE}).iloc[0]
     for metric, (label, colour, marker) in SAVED.items():
         saved = 100 * (1 - below[metric] / whole[metric])
-        axis.plot(_percent(below), saved, color=colour, marker=marker, label=label)
+        axis.plot(below[PERCENT], saved, color=colour, marker=marker, label=label)
         for arm, (_, _, filled, _) in CONTROLS.items():
             control = 100 * (1 - select(rows, {"frozen": arm})[metric] / whole[metric])
             axis.plot([50] * len(control), control, color=colour, marker=marker, fillstyle=filled, linestyle="")
 
 
-def _percent(rows: pd.DataFrame) -> pd.Series[float]:
-    return rows["frozen"].str.extract(r"_(\d+)", expand=False).astype(float)
+def _with_percent(arms: pd.DataFrame) -> pd.DataFrame:
+    """Arms with the share of layers that they freeze, which is less than its name says where layers do not divide."""
+    named = arms["frozen"].str.extract(r"_(\d+)", expand=False).astype(float)
+    return arms.assign(**{PERCENT: (100 * (1 - 1 / arms["layers_per_trained_layer"])).fillna(named)})
