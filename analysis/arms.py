@@ -102,6 +102,19 @@ LAYOUTS: dict[str, Layout] = {
             "method": ("zero-shot", "few-shot", "sft", "classic", "lora", "lora-all-linear", "qlora"),
         },
     ),
+    "preset_vs_tuned": Layout(
+        also=("accuracy", "chosen_learning_rate"),
+        control="defaults",
+        order={"track": ("classification",), "preset": ("sft", "classic", "lora", "qlora")},
+    ),
+    "training_mechanics": Layout(
+        metric="difference_norm",
+        also=("reference_norm",),
+        where={},
+        conditions=("group", "method", "weights", "way", "lengths"),
+        control="",
+        order={"measure": ("start", "merge", "accumulation"), "track": ("language_modelling",)},
+    ),
     "monitor_detection": Layout(
         metric="detected",
         also=("detected_at_once", "detection_delay_steps"),

@@ -103,6 +103,7 @@ SENTENCES = (
         "SFT vs LoRA vs QLoRA: quality/speed tradeoff",
         ("methods-qlora-equals-lora-*", "methods-lora-faster-than-sft-*", "methods-qlora-slower-*"),
     ),
+    Sentence("000", 144, "Preset defaults vs custom tuning", ("preset-*",)),
     Sentence("000", 145, "Memory usage comparison", ("methods-*lora-less-memory-than-*",)),
     Sentence("000", 155, "Мониторинг для раннего обнаружения проблем", ("monitor-detects-at-once-*",)),
     Sentence(
@@ -119,13 +120,30 @@ SENTENCES = (
     Sentence("000", 173, "Unit тесты на gradient detection", kind="tested"),
     Sentence("000", 174, "Real-world monitoring во время обучения", ("monitor-quiet-*",)),
     Sentence("001", 299, "Замораживайте слои: LP-LoRA даёт хорошие результаты", ("freeze-*-same-quality-*-lora",)),
+    Sentence("002", 52, "Сохраняем K, V для уже сгенерированных токенов", ("mechanics-cache-same-logits",)),
+    Sentence("002", 54, "Стоимость одного шага с KV-кэшем: O(kd)", ("mechanics-cache-step-linear-*",)),
+    Sentence(
+        "002",
+        56,
+        "За k шагов генерации O(k²d), асимптотика без кэша та же",
+        ("mechanics-cache-total-quadratic", "mechanics-no-cache-total-quadratic"),
+    ),
+    Sentence("002", 56, "С KV-кэшем вычисления на каждом шаге сильно ускоряются", ("mechanics-cache-speeds-up",)),
     Sentence("002", 100, "Модель «учится на лету», не обновляя веса", ("methods-few-shot-beats-zero-shot",)),
     Sentence("002", 104, "Few-shot сопоставим с полным обучением SFT", ("methods-few-shot-equals-sft",)),
+    Sentence("002", 157, "Bottleneck-адаптер: near-identity инициализация", ("mechanics-houlsby-starts-at-base",)),
     Sentence(
         "002", 171, "Обучение векторов p_i напрямую даёт нестабильные результаты", ("methods-*-more-stable-than-*",)
     ),
     Sentence("002", 179, "P-tuning v2: обучаемые токены к каждому слою", ("methods-p-tuning-v2-beats-p-tuning",)),
     Sentence("002", 183, "P-tuning v2 сравним с fine-tuning", ("methods-p-tuning-v2-equals-sft",)),
+    Sentence("002", 200, "Одна из матриц A или B инициализируется нулями", ("mechanics-lora-starts-at-base",)),
+    Sentence(
+        "002",
+        203,
+        "Дообучение никак не влияет на архитектуру модели",
+        ("mechanics-merge-exact-*", "mechanics-merged-as-fast-*"),
+    ),
     Sentence("002", 205, "AdaLoRA: ранги под каждый слой отдельно", ("methods-adalora-beats-lora",)),
     Sentence("002", 213, "AdaLoRA: общий бюджет параметров сохраняется", ("methods-adalora-keeps-budget",)),
     Sentence("002", 241, "Double quantization: 20–30 % памяти", ("quant-double-saves-20-to-30-percent",)),
@@ -146,7 +164,27 @@ SENTENCES = (
     Sentence(
         "002", 254, "При больших batch size точность немного снижается", ("lora-accuracy-falls-*", "lora-loses-more-*")
     ),
+    Sentence("002", 255, "LoRA можно подключать и менять «на лету»", ("mechanics-adapter-switches-off",)),
     Sentence("002", 270, "WeightLoRA: топ-К адаптеров, остальные отключаем", ("methods-weightlora-*",)),
+    Sentence(
+        "002", 281, "Большой batch можно разбить на несколько микробатчей", ("mechanics-accumulation-saves-memory",)
+    ),
+    Sentence(
+        "002",
+        285,
+        "g = 1/N Σ∇L_i по микробатчам",
+        (
+            "mechanics-accumulation-formula-*",
+            "mechanics-accumulation-trainer-*",
+            "mechanics-accumulation-prepared",
+        ),
+    ),
+    Sentence(
+        "002", 296, "Checkpointing: хранение части активаций и пересчёт остальных", ("mechanics-checkpointing-*",)
+    ),
+    Sentence("002", 302, "Не все тензоры обязаны храниться в памяти GPU", ("mechanics-offload-*-saves-memory",)),
+    Sentence("002", 307, "Optimizer offload: моменты оптимизатора на CPU", ("mechanics-offload-optimizer-*",)),
+    Sentence("002", 308, "Activation offload: редко, дорого", ("mechanics-offload-activations-*",)),
     Sentence("003", 9, "EMA поддерживает сглаженную версию весов модели", kind="definition"),
     Sentence("003", 15, "EMA веса обычно дают лучшее качество на eval, чем финальные", ("ema-*-lowers-loss-*",)),
     Sentence("003", 23, "Веса «прыгают» между batch'ами: EMA усредняет изменения", ("ema-reduces-spread-*",)),

@@ -14,9 +14,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.harness.experiment import UserError
 from experiments.harness.record import Metric
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 BASE_PARAMS = Metric("base_params", "1", "none")
 TRAINABLE_SHARE = Metric("trainable_share", "1", "none")
@@ -141,7 +145,7 @@ def tune(
             finished = []
             before_each(number)
             runs.append(TuningRun(candidate, number < space.common, train(candidate)))
-            _write(file, runs)
+            write_runs(file, runs)
         study.tell(trial, runs[-1].score)
     return runs
 
@@ -161,7 +165,8 @@ def spread_over_rates(runs: Sequence[TuningRun], figure: str) -> float:
     return statistics.pstdev(run.figures[figure] for run in runs if run.common)
 
 
-def _write(file: Path, runs: Sequence[TuningRun]) -> None:
+def write_runs(file: Path, runs: Sequence[DataclassInstance]) -> None:
+    """The runs of a study as JSON, whole or not at all."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps([dataclasses.asdict(run) for run in runs]))
     os.replace(temporary, file)
