@@ -225,10 +225,7 @@ SCALES = {
 COST = {
     "smoke": "about 1 min on 2 cores, no download",
     "laptop": "about 25 min on 2 cores with --workers 2",
-    # Core-seconds. Language modelling: 3 methods × 5 seeds × (5 × (15 × 2.5 + 2 + 2) + 15 × 2.5 + 25) = 4,050;
-    # classification: 12 × 5 × (6 × (40 × 0.15 + 1 + 1) + 40 × 0.15 + 10) = 3,840; cost: 3 × (100 + 100) = 600;
-    # baselines: 5 × (2 × 15 + 10) = 200. Together 8,690.
-    "cpu": "planned for 2.4 core-hours (--workers 2 on 2 cores: 1.2 h); not yet measured",
+    "cpu": "about 2.6 core-hours (--workers 2 on 2 cores: 1 h 35 min beside other work)",
     "gpu": "planned for 3 days on one 80 GB GPU; not yet measured",
     "paper": "planned for a day on one 80 GB GPU; not yet measured",
 }
