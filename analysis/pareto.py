@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy.stats import t
 
 from analysis.arms import ALPHA, arm_table, layout_of
@@ -30,6 +31,8 @@ FAMILIES = (
 LOOKS = {method: (HUES[i], MARKERS[j]) for i, family in enumerate(FAMILIES) for j, method in enumerate(family)}
 BASELINES = {"zero-shot": (0, (4, 2)), "few-shot": (0, (1, 2))}
 """Line styles of the methods that train nothing."""
+MANY_TIMES = 20
+"""Costs whose greatest is more than so many times the least are drawn on a logarithmic axis."""
 NAMES = {"language_modelling": "language modelling", "classification": "sentiment"}
 
 
@@ -103,4 +106,9 @@ def _panel(axis: Axes, points: pd.DataFrame, cost: str) -> None:
         colour, marker = LOOKS[row["method"]]
         at = {"color": colour, "marker": marker, "label": row["method"], "linestyle": "", "markeredgecolor": "white"}
         axis.errorbar(row[cost], row[LOSS], yerr=row[HALF_WIDTH], capsize=2, markersize=7, **at)
-    axis.set_xscale("log")
+    if trained[cost].max() > MANY_TIMES * trained[cost].min():
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_xlim(left=0)
