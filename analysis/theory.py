@@ -28,6 +28,7 @@ from analysis.formatting import (
     markdown_table,
 )
 from analysis.load import Campaign, load_campaigns
+from analysis.methods_table import methods_markdown
 from analysis.statistics import MAX_SEEDS
 from analysis.ticks import render_ticks
 from analysis.verdicts import MIN_SEEDS, Verdict
@@ -183,15 +184,16 @@ def _experiment(findings: Sequence[Finding]) -> str:
         for index, finding in enumerate(conditions)
     ]
     parts = [f"**Эксперимент {_link(findings[0].experiment)}**", markdown_table(HEADER, rows, right, padded=False)]
-    return "\n\n".join(part for part in [*parts, *_costs(findings), _sources(findings)] if part)
+    return "\n\n".join(part for part in [*parts, *_tables(findings), _sources(findings)] if part)
 
 
-def _costs(findings: Sequence[Finding]) -> list[str]:
-    """In the section on memory, prediction and measurement side by side."""
-    if findings[0].claim.section != "memory":
-        return []
+def _tables(findings: Sequence[Finding]) -> list[str]:
+    """In the section on memory, prediction beside measurement; in that on the classic guide, its table of methods."""
     campaigns = {f.evidence.campaign.campaign_id: f.evidence.campaign for f in findings if f.evidence}
-    return [cost_markdown(campaign, "ru", RUSSIAN) for campaign in campaigns.values()]
+    section = findings[0].claim.section
+    if section == "memory":
+        return [cost_markdown(campaign, "ru", RUSSIAN) for campaign in campaigns.values()]
+    return [methods_markdown(c, RUSSIAN) for c in campaigns.values()] if section == "classic" else []
 
 
 def _sentence(claim: Claim) -> str:
