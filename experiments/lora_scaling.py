@@ -297,69 +297,51 @@ def _preset_claims() -> Iterator[Claim]:
         yield _claim(
             f"alpha-2r-not-worse-than-{ratio}r",
             f"alpha = 2r не хуже, чем alpha = {ratio}r (loss больше не более чем на 1 %)",
-            "seed 000, «lora_alpha=32: рекомендуемый alpha=2*r»",
-            _tuned(_LORA, _lora(f"alpha_{ratio}r")),
+            "seed 000, «lora_alpha=32: рекомендуемый alpha=2*r»", _tuned(_LORA, _lora(f"alpha_{ratio}r")),
             Region(low=-0.01),
-        )
+        )  # fmt: skip
     yield _claim(
         "alpha-does-not-matter",
         "Если learning rate подобран, alpha не важна: alpha = r и alpha = 4r дают одинаковый loss (±2 %)",
-        "собственное утверждение: alpha и learning rate действуют вместе",
-        _tuned(_lora("alpha_4r"), _lora("alpha_1r")),
+        "собственное утверждение: alpha и learning rate действуют вместе", _tuned(_lora("alpha_4r"), _lora("alpha_1r")),
         Region(low=-0.02, high=0.02),
-    )
+    )  # fmt: skip
     for targets, words in (("qv", "на q,v"), ("mlp", "на MLP"), ("all", "на всех линейных слоях")):
         yield _claim(
             f"attention-beats-{targets}",
             f"LoRA на q,k,v,o даёт максимальный эффект: loss меньше, чем {words} при равном числе параметров",
             "seed 000, «target_modules: q,k,v,o projections (максимальный эффект)»",
-            _tuned(_LORA, _lora(f"targets_{targets}")),
-            _LOWER,
-        )
+            _tuned(_LORA, _lora(f"targets_{targets}")), _LOWER,
+        )  # fmt: skip
     ranks = tuple(_lora(f"rank_{rank}") for rank in SCALES["cpu"].ranks)
     yield _claim(
-        "rank-16-near-best",
-        "r = 16 — баланс: loss не более чем на 5 % хуже лучшего из рангов 1–64",
-        "seed 000, «r=16: баланс качество/эффективность»",
-        Regret(TUNED_LOSS.name, _LORA, ranks, _TEST),
+        "rank-16-near-best", "r = 16 — баланс: loss не более чем на 5 % хуже лучшего из рангов 1–64",
+        "seed 000, «r=16: баланс качество/эффективность»", Regret(TUNED_LOSS.name, _LORA, ranks, _TEST),
         Region(high=0.05),
-    )
+    )  # fmt: skip
     yield _claim(
-        "rank-64-gains-little",
-        "r = 16 — баланс: r = 64 уменьшает loss не более чем на 2 %",
-        "seed 000, «r=16: баланс качество/эффективность»",
-        _tuned(_lora("rank_64"), _LORA),
-        Region(high=0.02),
-    )
+        "rank-64-gains-little", "r = 16 — баланс: r = 64 уменьшает loss не более чем на 2 %",
+        "seed 000, «r=16: баланс качество/эффективность»", _tuned(_lora("rank_64"), _LORA), Region(high=0.02),
+    )  # fmt: skip
 
 
 def _schedule_claims() -> Iterator[Claim]:
     for schedule, word in (("constant", "постоянного"), ("linear", "линейного")):
         yield _claim(
-            f"cosine-beats-{schedule}",
-            f"Cosine schedule лучше {word}: loss меньше",
-            "seed 000, «Cosine schedule (постепенное снижение lr)»",
-            _tuned(_SFT, _full(schedule)),
-            _LOWER,
+            f"cosine-beats-{schedule}", f"Cosine schedule лучше {word}: loss меньше",
+            "seed 000, «Cosine schedule (постепенное снижение lr)»", _tuned(_SFT, _full(schedule)), _LOWER,
             f"SFT, {_TUNED}",
-        )
+        )  # fmt: skip
     warmup = "seed 000, «Warmup: 10% (предотвращает destabilization в начале)»"
     yield _claim(
-        "warmup-raises-usable-rate",
-        "С warmup 10 % обучение выдерживает больший learning rate, чем без него",
-        warmup,
-        Ratio(HIGHEST_USABLE.name, _SFT, _full(NO_WARMUP), _TEST),
-        Region(low=1.0),
+        "warmup-raises-usable-rate", "С warmup 10 % обучение выдерживает больший learning rate, чем без него", warmup,
+        Ratio(HIGHEST_USABLE.name, _SFT, _full(NO_WARMUP), _TEST), Region(low=1.0),
         "SFT, наибольший learning rate с loss не более чем на 5 % хуже лучшего",
-    )
+    )  # fmt: skip
     yield _claim(
-        "warmup-lowers-loss-at-high-rate",
-        "При высоком learning rate (1e-3) warmup 10 % уменьшает loss",
-        warmup,
-        RelativeReduction(EVAL_LOSS.name, _SFT, _full(NO_WARMUP), {**_TEST, "learning_rate": 1e-3}),
-        _LOWER,
-        "SFT",
-    )
+        "warmup-lowers-loss-at-high-rate", "При высоком learning rate (1e-3) warmup 10 % уменьшает loss", warmup,
+        RelativeReduction(EVAL_LOSS.name, _SFT, _full(NO_WARMUP), {**_TEST, "learning_rate": 1e-3}), _LOWER, "SFT",
+    )  # fmt: skip
 
 
 def _mlp_claims() -> Iterator[Claim]:
