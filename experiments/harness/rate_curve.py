@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from experiments.harness import causal_lm, classification
 from experiments.harness.classification import ACCURACY, CLASSIFIER_LOSS, ClassificationRun
 from experiments.harness.lora import LoraArm, add_lora, lora_facts
@@ -143,6 +141,8 @@ def scores_on(split: str, run: Run, ingredients: Any) -> dict[Metric, float]:
 
 def loss_without_skill(run: Run, ingredients: Any) -> float:
     """Test loss of the best constant answer: the entropy of the labels, of a language model that of the tokens."""
+    import numpy as np
+
     test = ingredients.test
     labels = test.labels if isinstance(run, ClassificationRun) else test.input_ids[:, 1:]
     share = np.unique(labels, return_counts=True)[1] / np.size(labels)
