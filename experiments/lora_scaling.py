@@ -57,6 +57,7 @@ from experiments.harness.record import EVAL_LOSS, Measurements, TrialSpec
 
 SENTIMENT, LM = "classification", "language_modelling"
 CENTRE, NO_WARMUP = "centre", "no_warmup"
+METHODS = ("full", "lora")
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
         for seed in range(settings.seeds)
         for track, run in tracks.items()
         if run is not None
-        for method in ("full", "lora")
+        for method in METHODS
         for variant in arms_of(method, settings, run)
     ]
 
