@@ -25,7 +25,7 @@ from experiments.harness.experiment import (
     load_experiments,
     unknown,
 )
-from experiments.harness.record import TrialRecord, TrialSpec, read_records, record_path
+from experiments.harness.record import TrialRecord, TrialSpec, read_records, recorded_trials
 
 DEFAULT_SCALE = "laptop"
 
@@ -86,9 +86,10 @@ def _list(argv: Sequence[str]) -> int:
     for experiment in load_experiments():
         print(f"{experiment.name}  (version {experiment.version}, {len(experiment.claims)} claims)")
         print(f"  {experiment.question}")
+        recorded = recorded_trials(parsed.results, experiment.name, experiment.version)
         for scale, settings in experiment.scales.items():
             specs = experiment.trials(settings, scale)
-            done = sum(record_path(parsed.results, spec).exists() for spec in specs)
+            done = sum(spec.trial_id in recorded for spec in specs) if recorded else 0
             print(f"  --scale {scale:<7} {done:>3}/{len(specs):<3} trials done   {experiment.cost[scale]}")
     print("\npython -m experiments.run NAME [--scale SCALE] [--dry-run] [options]; NAME --help lists the options")
     return 0

@@ -172,6 +172,11 @@ def record_path(results: Path, spec: TrialSpec) -> Path:
     return results / spec.experiment / f"v{spec.version}" / f"{spec.trial_id}.json"
 
 
+def recorded_trials(results: Path, experiment: str, version: int) -> set[str]:
+    """Ids of all trials of an experiment's version that have a record, whatever their scale."""
+    return {path.stem for path in (results / experiment / f"v{version}").glob("*.json")}
+
+
 def write_record(results: Path, record: TrialRecord) -> Path:
     """Write a record atomically: a reader sees either nothing or the whole file.
 
