@@ -114,7 +114,7 @@ def test_listing_experiments_loads_no_torch():
 
 
 def test_listing_experiments_takes_under_half_a_second():
-    """Of processor time, at the best of some attempts: a busy neighbour on the same core makes it half as long again."""
+    """Of processor time, at the best of some attempts: a busy neighbour on the core makes it half as long again."""
     seconds = []
     for _ in range(15):
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
