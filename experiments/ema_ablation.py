@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg
-
 from experiments.harness.causal_lm import CausalLMRun, losses_on_test, prepare
 from experiments.harness.claims import (
     ArgBestShift,
@@ -43,6 +41,7 @@ from experiments.harness.record import (
     Observation,
     TrialSpec,
 )
+from experiments.harness.training_run import unprefixed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +86,7 @@ class Settings:
 
     seeds: int
     """Number of seeds (0, 1, …), the unit of replication; at least 5 give useful intervals."""
-    main: Annotated[Track, arg(name="")]
+    main: Annotated[Track, unprefixed()]
     """The fine-tuning run."""
     length: Track | None = None
     """Runs of several lengths for the claim that the best decay grows with the length."""

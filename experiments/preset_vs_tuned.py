@@ -28,14 +28,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress
-
 from experiments.harness.causal_lm import CausalLMRun
 from experiments.harness.claims import Claim, Estimand, Interaction, Ratio, Region, Regret, RelativeReduction, Selector
 from experiments.harness.classification import CLASSIFIER_LOSS, ClassificationRun
 from experiments.harness.experiment import Experiment, TrialContext, UserError, unknown
 from experiments.harness.record import Measurements, TrialSpec
 from experiments.harness.sweep import IMPORTANCE, Rates
+from experiments.harness.training_run import hidden
 from experiments.harness.tuning import CHOSEN_RATE, FIRST_TUNING_SEED
 
 LM, SENTIMENT = "language_modelling", "classification"
@@ -49,15 +48,15 @@ LOOKS = 3
 class _OfThePreset:
     """What the preset decides: these fields of a run are not used."""
 
-    method: Annotated[Literal["full"], Suppress] = "full"
+    method: Annotated[Literal["full"], hidden()] = "full"
     """Unused."""
-    learning_rate: Annotated[float, Suppress] = 5e-5
+    learning_rate: Annotated[float, hidden()] = 5e-5
     """Unused."""
-    warmup_ratio: Annotated[float, Suppress] = 0.1
+    warmup_ratio: Annotated[float, hidden()] = 0.1
     """Unused."""
-    weight_decay: Annotated[float, Suppress] = 0.0
+    weight_decay: Annotated[float, hidden()] = 0.0
     """Unused."""
-    precision: Annotated[Literal["fp32", "bf16"], Suppress] = "bf16"
+    precision: Annotated[Literal["fp32", "bf16"], hidden()] = "bf16"
     """Unused."""
 
 

@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import arg
-
 from experiments.harness.causal_lm import CausalLMRun
 from experiments.harness.claims import Claim, Estimand, Exact, ExactRatio, Region, RelativeReduction, Selector
 from experiments.harness.classification import CLASSIFIER_LOSS, ClassificationRun
@@ -41,6 +39,7 @@ from experiments.harness.record import (
     Observation,
     TrialSpec,
 )
+from experiments.harness.training_run import unprefixed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,7 +106,7 @@ class Settings:
 
     seeds: int
     """Number of fine-tuning seeds, the unit of replication."""
-    classifier: Annotated[Classifier, arg(name="")]
+    classifier: Annotated[Classifier, unprefixed()]
     """The model of the tracks ``pretrained`` and ``classifier``."""
     language_model: LanguageModel | None = None
     """The model of the track ``language_model``, where it is run."""

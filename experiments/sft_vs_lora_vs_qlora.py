@@ -29,8 +29,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress
-
 from experiments.harness.causal_lm import CausalLMRun
 from experiments.harness.claims import (
     Claim,
@@ -56,6 +54,7 @@ from experiments.harness.record import (
     Metric,
     TrialSpec,
 )
+from experiments.harness.training_run import hidden
 from experiments.harness.tuning import (
     BASE_PARAMS,
     FIRST_TUNING_SEED,
@@ -73,7 +72,7 @@ ZERO_SHOT, FEW_SHOT = "zero-shot", "few-shot"
 class LanguageModelling(CausalLMRun):
     """Fine-tuning of a language model on one domain; another one is only looked at."""
 
-    method: Annotated[Literal["full"], Suppress] = "full"
+    method: Annotated[Literal["full"], hidden()] = "full"
     """Unused: ``methods`` are presets."""
     methods: tuple[str, ...] = tuple(METHODS)
     """What is compared, beside the baselines."""
@@ -103,7 +102,7 @@ class LanguageModelling(CausalLMRun):
 class Sentiment(ClassificationRun):
     """Fine-tuning of an encoder with a head of random weights."""
 
-    method: Annotated[Literal["full"], Suppress] = "full"
+    method: Annotated[Literal["full"], hidden()] = "full"
     """Unused: ``methods`` are presets."""
     methods: tuple[str, ...] = tuple(METHODS)
     """What is compared, beside the baselines."""

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Suppress
-
 from experiments.harness.experiment import UserError
 from experiments.harness.record import ExampleOutcome, Measurements, Metric, Observation, Scalar
-from experiments.harness.training_run import TrainingRun
+from experiments.harness.training_run import TrainingRun, hidden
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,7 +50,7 @@ class ClassificationRun(TrainingRun):
     """Examples of each evaluation during training (at most all), the same for every seed."""
     test_examples: int = 1_000
     """Examples of the final evaluation (at most all), the same for every seed."""
-    task: Annotated[Literal["classification"], Suppress] = "classification"
+    task: Annotated[Literal["classification"], hidden()] = "classification"
     """Tells the command line which models and data sets will do."""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,23 @@ if TYPE_CHECKING:
     from experiments.harness.training import TrainingPlan
 
 
+def hidden() -> object:
+    """Marks a field that is no option of the command line: ``Annotated[float, hidden()]``.
+
+    Annotations are strings until tyro reads them, so that the list of experiments need not load it.
+    """
+    from tyro.conf import Suppress
+
+    return Suppress
+
+
+def unprefixed() -> object:
+    """Marks a group of options whose names have no prefix on the command line; as lazy as ``hidden``."""
+    from tyro.conf import arg
+
+    return arg(name="")
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """Model, data and recipe of one training run; a task adds the size of its inputs and of its evaluations."""
