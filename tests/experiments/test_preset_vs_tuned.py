@@ -20,6 +20,7 @@ from experiments.harness.swept import DEFAULTS, RATE_AND_NEXT, TUNED, measure_sw
 from experiments.harness.tuned import Subject
 from experiments.preset_vs_tuned import CLAIMS, LM, LOOKS, PRESETS, SCALES, SENTIMENT, Sentiment, trials
 from forge.presets import get_preset
+from tests.experiments.stopping import Context
 
 BERT = BertConfig(
     vocab_size=258, type_vocab_size=1, pad_token_id=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -48,25 +49,6 @@ def subject_of(tmp_path_factory):
     collator = DataCollatorWithPadding(load_tokenizer("tiny-random-encoder"))
     data = classification.Ingredients(model, examples(16), examples(6), examples(10), ("bad", "good"), collator, {})
     return lambda preset: Subject(preset, run, data)
-
-
-@dataclasses.dataclass
-class Context:
-    """Asks to stop at the given call of ``should_stop``."""
-
-    work_dir: object
-    stop_at: int = 0
-    asked: int = 0
-
-    def report(self, step, total, **figures):
-        """Nothing."""
-
-    def should_stop(self):
-        self.asked += 1
-        return self.asked == self.stop_at
-
-    def wandb_run_id(self):
-        return None
 
 
 def measured(subject, space, place, stop_at=0):

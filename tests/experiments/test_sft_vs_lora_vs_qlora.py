@@ -48,6 +48,7 @@ from experiments.sft_vs_lora_vs_qlora import (
     run_trial,
     trials,
 )
+from tests.experiments.stopping import Context
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(vocab_size=257, num_key_value_heads=2, pad_token_id=256, eos_token_id=256, **WIDTHS)
@@ -103,25 +104,6 @@ def subjects(folders):
             classification.Ingredients(plain_model(SENTIMENT), *parts[SENTIMENT], ("bad", "good"), collator, {}),
         ),
     }
-
-
-@dataclasses.dataclass
-class Context:
-    """Asks to stop at the given call of ``should_stop``."""
-
-    work_dir: object
-    stop_at: int = 0
-    asked: int = 0
-
-    def report(self, step, total, **figures):
-        """Nothing."""
-
-    def should_stop(self):
-        self.asked += 1
-        return self.asked == self.stop_at
-
-    def wandb_run_id(self):
-        return None
 
 
 def failed(checks):
