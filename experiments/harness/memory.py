@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ def allocated_bytes(build: Callable[[], Built]) -> tuple[Built, int]:
         before = torch.cuda.memory_allocated()
         built = build()
         return built, torch.cuda.memory_allocated() - before
+    gc.collect()  # what an earlier recording saw allocated would count as released in this one
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         built = build()
     return built, sum(event.self_cpu_memory_usage for event in profile.key_averages())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 
 import numpy as np
@@ -103,6 +104,24 @@ def test_allocated_bytes_does_not_count_what_is_released():
         return passing[:10].clone() + passing.sum()
 
     assert allocated_bytes(build)[1] < 1_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler's log is read on a CPU only")
+def test_allocated_bytes_does_not_count_what_an_earlier_recording_left_to_the_garbage_collector():
+    def leave():
+        cycle = {"tensor": torch.zeros(1_000)}
+        cycle["self"] = cycle
+
+    def build():
+        gc.collect()
+        return torch.zeros(10)
+
+    gc.disable()
+    try:
+        assert allocated_bytes(leave)[1] == 4_000
+        assert allocated_bytes(build)[1] == 40
+    finally:
+        gc.enable()
 
 
 def test_memory_by_component(model):
