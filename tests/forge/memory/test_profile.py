@@ -52,7 +52,9 @@ CASES = {
     "full, bf16": plain(lambda: llama().bfloat16()),
     "full, autocast, AdamW in a loop": plain(llama, optimizer="adamw_torch", **BF16),
     "full, tied": plain(lambda: llama(tie_word_embeddings=True)),
-    "full, tied, large vocabulary, autocast": plain(lambda: llama(tie_word_embeddings=True, vocab_size=5000), **BF16),
+    "full, tied, large embedding, autocast": plain(
+        lambda: llama(tie_word_embeddings=True, vocab_size=5000, hidden_size=256), **BF16
+    ),
     "full, large vocabulary, bf16, autocast": plain(lambda: llama(vocab_size=5000).bfloat16(), **BF16),
     "full, checkpointed": plain(llama, **CHECKPOINTED),
     "full, checkpointed, autocast": plain(llama, **CHECKPOINTED, **BF16),
