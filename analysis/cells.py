@@ -61,7 +61,7 @@ def verdict_cells(verdict: Verdict, campaign: Campaign) -> list[str]:
         format_estimate(estimand, verdict.estimate, ENGLISH),
         format_interval(estimand, verdict.interval, ENGLISH),
         NOTHING if verdict.n is None else str(verdict.n),
-        NOTHING if verdict.p_sign_flip is None else ENGLISH.number(verdict.p_sign_flip, 3),
+        NOTHING if verdict.p_sign_flip is None else ENGLISH.figure(verdict.p_sign_flip, 3),
         verdict.scope,
         verdict.reason,
     ]
@@ -98,14 +98,14 @@ def _cell(name: str, value: object) -> str:
     if name.endswith("_share"):
         return format_span(number, ENGLISH)
     if name.endswith("_mean"):
-        return ENGLISH.number(number, 2)
+        return format_count(number, ENGLISH) if abs(number) >= 1_000 else ENGLISH.figure(number, 2)
     if name.endswith(("_steps", "_bytes")) or number == int(number):
         return format_count(number, ENGLISH)
     return f"{number:.6g}"
 
 
 def _mean_sd(mean: float, sd: float) -> str:
-    return ENGLISH.number(mean, 4) + (f" ± {ENGLISH.number(sd, 4)}" if sd == sd else "")
+    return ENGLISH.figure(mean, 4) + (f" ± {ENGLISH.figure(sd, 4)}" if sd == sd else "")
 
 
 def _percent(value: float) -> str:

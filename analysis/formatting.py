@@ -46,6 +46,16 @@ class Style:
         swap = str.maketrans({",": self.thousands, ".": self.decimal})
         return sign + text.translate(swap)
 
+    def figure(self, value: float, digits: int, signed: bool = False) -> str:
+        """As ``number``, with at least two significant digits: ``0.00012``, ``1.2e-07``."""
+        if not math.isfinite(value) or value == 0:
+            return self.number(value, digits, signed)
+        magnitude = math.floor(math.log10(abs(value)))
+        if magnitude >= -5:
+            return self.number(value, max(digits, 1 - magnitude), signed)
+        sign = MINUS if value < 0 else "+" if signed else ""
+        return sign + f"{abs(value):.1e}".replace(".", self.decimal)
+
     def share(self, value: float, digits: int = 2, signed: bool = False) -> str:
         """A share as percent: ``0.0123`` → ``1.23%``."""
         return self.number(100 * value, digits, signed) + self.percent
@@ -66,7 +76,7 @@ def format_estimate(estimand: Estimand, value: float | None, style: Style, digit
         return NOTHING
     if is_relative(estimand):
         return style.share(value, digits, signed=not isinstance(estimand, Rate | Proportion))
-    return style.number(value, 3, signed=isinstance(bare(estimand), ArgBestShift | LogLogSlope))
+    return style.figure(value, 3, signed=isinstance(bare(estimand), ArgBestShift | LogLogSlope))
 
 
 def format_interval(estimand: Estimand, interval: tuple[float, float] | None, style: Style) -> str:

@@ -169,4 +169,4 @@ def _cells(plan: Plan) -> list[str]:
 def _distance(estimand: Estimand, value: float | None) -> str:
     if value is None:
         return NOTHING
-    return ENGLISH.share(value) if is_relative(estimand) else ENGLISH.number(value, 3)
+    return ENGLISH.share(value) if is_relative(estimand) else ENGLISH.figure(value, 3)

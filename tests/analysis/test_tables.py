@@ -179,3 +179,23 @@ def test_number_formats() -> None:
     assert format_span(0.97044, ENGLISH) == "97.0%"
     assert format_span(1e-9, ENGLISH) == "<\u00a00.1%"
     assert ENGLISH.number(float("nan"), 2) == "NaN"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.00"),
+        (1234.5, "1,234.50"),
+        (0.1, "0.10"),
+        (0.0123, "0.012"),
+        (-0.0004, "−0.00040"),
+        (0.00001, "0.000010"),
+        (1.23e-7, "1.2e-07"),
+        (-1.23e-7, "−1.2e-07"),
+        (float("nan"), "NaN"),
+        (float("-inf"), "−∞"),
+    ],
+)
+def test_a_figure_has_two_significant_digits(value: float, text: str) -> None:
+    assert ENGLISH.figure(value, 2) == text
+    assert RUSSIAN.figure(value, 2) == text.replace(",", "\u00a0").replace(".", ",")
