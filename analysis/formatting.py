@@ -25,6 +25,8 @@ from experiments.harness.claims import (
 NO_BREAK_SPACE = "\u00a0"
 MINUS = "\u2212"
 NOTHING = "—"
+ROUNDING = 1e-12
+"""What is smaller is the rounding of the arithmetic, which differs between machines: shown as zero."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Style:
 
     def figure(self, value: float, digits: int, signed: bool = False) -> str:
         """As ``number``, with at least two significant digits: ``0.00012``, ``1.2e-07``."""
-        if not math.isfinite(value) or value == 0:
-            return self.number(value, digits, signed)
+        if not math.isfinite(value) or abs(value) < ROUNDING:
+            return self.number(value, digits)
         magnitude = math.floor(math.log10(abs(value)))
         if magnitude >= -5:
             return self.number(value, max(digits, 1 - magnitude), signed)
