@@ -50,6 +50,8 @@ class Settings:
     """Seeds of what is not timed."""
     micro_batches: int = 4
     """Into how many a batch is cut by accumulation."""
+    large_batch: int = 4
+    """How many batches make the one whose peak memory accumulation lowers: activations have to count beside weights."""
     timed_rounds: int = 5
     """Timed steps of each arm."""
     counted_context: int = 256
@@ -60,7 +62,7 @@ class Settings:
     """Tactics of offload; they save memory on a GPU alone."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "exact_seeds", "micro_batches", "timed_rounds", "counted_context"):
+        for name in ("seeds", "exact_seeds", "micro_batches", "large_batch", "timed_rounds", "counted_context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.timed_contexts or min(self.timed_contexts) < 2:
@@ -102,12 +104,12 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 1 core, no download",
     "laptop": "planned for 17 core-min; not yet measured",
-    "cpu": "planned for 40 core-min and 7 GB a worker; not yet measured",
+    "cpu": "planned for 41 core-min and 7 GB a worker; not yet measured",
     "gpu": "planned for 30 min on one 80 GB GPU; not yet measured",
 }
 # cpu, core-s a trial (language model + classifier) in version 1: start 28 + 4, accumulation 101 + 13, operations 156,
-# merge 60 + 8, checkpointing 50 + 11, generation 13; five more timed rounds add 35. So
-# 3 × 32 + 3 × 114 + 156 + 10 × (68 + 61 + 13 + 35) ≈ 2,360.
+# merge 60 + 8, checkpointing 50 + 11, generation 13; five more timed rounds add 35, the large batch 30 + 5. So
+# 3 × 32 + 3 × 149 + 156 + 10 × (68 + 61 + 13 + 35) ≈ 2,470.
 
 
 def trials(settings: Settings, scale: str) -> list[TrialSpec]:
@@ -259,7 +261,7 @@ def _accumulation_claims() -> Iterator[Claim]:
         _MICRO,
         _saved_memory("accumulation", "accumulated", "full"),
         _LESS_MEMORY,
-        "обе модели, 4 микробатча",
+        "обе модели, 4 микробатча, batch 32 и 64 × 64 токена",
     )
 
 

@@ -5,6 +5,7 @@ Gradients are those with which the ``Trainer`` steps, without dropout.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -188,7 +189,7 @@ def observe_compute(into: Measurements, model: Any, batch: Batch, arm: str) -> N
 def measure_accumulation(
     spec: TrialSpec, context: TrialContext, run: Run, ingredients: Any, into: Measurements
 ) -> None:
-    """Gradients of one optimizer step, full batch against micro-batches; then the peak memory of both."""
+    """Gradients of a step, full batch against micro-batches; then the peak memory of both on a large batch."""
     model, parts, folder = ingredients.model, spec.settings["micro_batches"], context.work_dir
     switch_off_dropout(model)
     kinds = ("ragged",) if isinstance(run, ClassificationRun) else ("equal", "ragged")
@@ -202,11 +203,12 @@ def measure_accumulation(
             stop_between_parts(context)
             gradient = ways.get(way, ways["trainer"])(model, rows, collator, parts)
             observe_difference(into, gradient, full[lengths], way=way, lengths=lengths)
-    rows, collator = next(iter(data.values()))
+    large = dataclasses.replace(run, batch_size=run.batch_size * spec.settings["large_batch"])
+    rows, collator = rows_of(large, ingredients, "equal", spec.seed)
     for arm, pieces in (("full", 1), ("accumulated", parts)):
         stop_between_parts(context)
         measure = MeasureMemory()
-        arguments = arguments_of(folder, 2, run.batch_size // pieces, pieces, learning_rate=1e-6)
+        arguments = arguments_of(folder, 2, large.batch_size // pieces, pieces, learning_rate=1e-6)
         run_trainer(model, rows, collator, arguments, [measure])
         assert measure.measured is not None
         into.observations.append(Observation.of(PEAK_MEMORY, measure.measured.peak_bytes, 2, arm=arm))

@@ -234,7 +234,7 @@ def test_the_plan():
     plan = trials(SCALES["cpu"], "cpu")
     count = {m: sum(s.factors["measure"] == m for s in plan) for m in {s.factors["measure"] for s in plan}}
     assert count == {
-        "start": 6, "accumulation": 6, "generation_flops": 1, "merge": 10, "checkpointing": 10, "generation": 5,
+        "start": 6, "accumulation": 6, "generation_flops": 1, "merge": 20, "checkpointing": 20, "generation": 10,
     }  # fmt: skip
     assert {s.factors["measure"] for s in trials(SCALES["gpu"], "gpu")} == {*count, "offload"}
     assert len({s.campaign_id for s in plan}) == 1
@@ -246,6 +246,7 @@ def test_the_plan():
     [
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"exact_seeds": 0}, "exact_seeds must be at least 1, got 0"),
+        ({"large_batch": 0}, "large_batch must be at least 1, got 0"),
         ({"timed_rounds": 0}, "timed_rounds must be at least 1, got 0"),
         ({"timed_contexts": (1, 8)}, "timed_contexts must be at least 2 each, got 1 8"),
         ({"timed_contexts": ()}, "timed_contexts must be at least 2 each, got none"),
