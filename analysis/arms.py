@@ -59,6 +59,12 @@ LAYOUTS: dict[str, Layout] = {
         control="lower_0",
         order={"track": ("language_modelling",), "method": ("full", "lora"), "frozen": ("lower_0", "lower_25")},
     ),
+    "forgetting": Layout(
+        metric="other_domain_loss",
+        also=("eval_loss", "perplexity"),
+        control="initial",
+        order={"method": ("full", "lora"), "cell": ("base",), "arm": ("initial", "trained")},
+    ),
     "quantization": Layout(
         metric="relative_error",
         also=("eval_loss", "accuracy", "perplexity"),

@@ -212,8 +212,24 @@ SENTENCES = (
     Sentence("004", 14, "Full fine-tuning: максимальное качество", ("methods-full-has-best-quality",)),
     Sentence("004", 21, "Fine-tuning улучшает метрики", ("methods-full-beats-zero-shot-*",)),
     Sentence("004", 75, "learning_rate: 2e-5 – 5e-5", ("lora-sft-usual-rate-near-best",)),
-    Sentence("004", 81, "Catastrophic forgetting на маленьком датасете", ("methods-tuned-*-forgets",)),
-    Sentence("004", 83, "Слишком высокий LR может привести к дестабилизации", ("lora-sft-too-high-rate-*",)),
+    Sentence(
+        "004",
+        81,
+        "Catastrophic forgetting на маленьком датасете",
+        ("methods-tuned-*-forgets", "forgetting-on-small-data-*", "forgetting-more-on-small-data-*"),
+    ),
+    Sentence(
+        "004",
+        82,
+        "Overfitting, особенно если мало данных",
+        ("forgetting-overfits-on-small-data-*", "forgetting-small-data-harms-test-*"),
+    ),
+    Sentence(
+        "004",
+        83,
+        "Слишком высокий LR может привести к дестабилизации",
+        ("lora-sft-too-high-rate-*", "forgetting-more-at-high-rate-*"),
+    ),
     Sentence("004", 89, "Обязательно сравнение с zero-shot и few-shot baseline", ("methods-full-beats-*",)),
     Sentence(
         "004",

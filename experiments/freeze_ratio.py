@@ -264,15 +264,9 @@ def _observe_lm(
     into: Measurements, run: LanguageModelling, ingredients: Any, step: int, arm: str, conditions: dict[str, Any]
 ) -> float:
     """Test losses on the domain that is trained on and on the other one; returns the seconds that it took."""
-    from experiments.harness.causal_lm import losses_on_test, observe, on_other_text
+    from experiments.harness.causal_lm import observe_domains
 
-    elsewhere = on_other_text(run, ingredients, run.other_dataset)
-    total_sec = 0.0
-    for metric, part in ((EVAL_LOSS, ingredients), (OTHER_LOSS, elsewhere)):
-        losses, seconds = losses_on_test(run, part, {arm: nullcontext})
-        observe(into, losses[arm], metric, step, arm, **conditions)
-        total_sec += seconds
-    return total_sec
+    return observe_domains(into, run, ingredients, run.other_dataset, step, arm, **conditions)
 
 
 def _observe_classes(

@@ -8,13 +8,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from experiments.harness.experiment import UserError
-from experiments.harness.record import EVAL_LOSS, PERPLEXITY, ExampleOutcome, Measurements, Metric, Observation, Scalar
+from experiments.harness.record import (
+    EVAL_LOSS,
+    OTHER_LOSS,
+    PERPLEXITY,
+    ExampleOutcome,
+    Measurements,
+    Metric,
+    Observation,
+    Scalar,
+)
 from experiments.harness.training_run import TrainingRun
 
 if TYPE_CHECKING:
@@ -133,3 +142,31 @@ def observe(
         into.examples.append(
             ExampleOutcome(example=document, arm=arm, metric=metric.name, value=nll / tokens, tokens=tokens)
         )
+
+
+def observe_domains(
+    into: Measurements,
+    run: CausalLMRun,
+    ingredients: Ingredients,
+    elsewhere: str,
+    step: int,
+    arm: str,
+    **at: Scalar,
+) -> float:
+    """Add an arm's test loss on the domain that is trained on, and on another one; returns the seconds that it took.
+
+    Args:
+        into: gets the outcomes.
+        run: the recipe.
+        ingredients: of the run, with the model as it is.
+        elsewhere: the other corpus, whose loss goes under ``OTHER_LOSS``.
+        step: optimizer steps that were taken.
+        arm: its name.
+        **at: further fields of the observations.
+    """
+    total_sec = 0.0
+    for metric, part in ((EVAL_LOSS, ingredients), (OTHER_LOSS, on_other_text(run, ingredients, elsewhere))):
+        losses, seconds = losses_on_test(run, part, {arm: nullcontext})
+        observe(into, losses[arm], metric, step, arm, **at)
+        total_sec += seconds
+    return total_sec

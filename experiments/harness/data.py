@@ -111,7 +111,22 @@ class Blocks:
         """At most ``limit`` blocks, evenly spread over the text."""
         if limit is None or limit >= len(self.input_ids):
             return self
-        rows = np.linspace(0, len(self.input_ids) - 1, limit).round().astype(int)
+        return self._rows(np.linspace(0, len(self.input_ids) - 1, limit).round().astype(int))
+
+    def drawn(self, count: int, seed: int) -> Blocks:
+        """``count`` different blocks, drawn by ``seed``; a smaller draw of a seed is part of a larger one.
+
+        Raises:
+            UserError: if there are not as many.
+        """
+        if count > len(self):
+            raise UserError(
+                f"the text must have at least {count} blocks of {self.input_ids.shape[1]} tokens, got {len(self)}; "
+                "take fewer or shorter blocks, or a longer text"
+            )
+        return self._rows(np.random.default_rng(seed).permutation(len(self))[:count])
+
+    def _rows(self, rows: NDArray[np.int64]) -> Blocks:
         return Blocks(self.input_ids[rows], self.document[rows], self.document_ids)
 
 

@@ -38,7 +38,6 @@ from experiments.harness.methods import (
 )
 from experiments.harness.record import (
     EVAL_LOSS,
-    OTHER_LOSS,
     PEAK_MEMORY,
     TRAINABLE_PARAMS,
     ManipulationCheck,
@@ -266,17 +265,12 @@ def _untrained_loss(subject: Subject, seed: int) -> float:
 
 def _observe_quality(into: Measurements, final: Subject) -> float:
     """Test outcome of the final run, of language models on the other domain too; returns the seconds that it took."""
-    run, trained, total_sec = final.run, final.ingredients, 0.0
+    run, trained = final.run, final.ingredients
     if final.classifies:
         outcomes, seconds = classification.outcomes_on_test(run, trained, {"final": nullcontext})
         classification.observe(into, outcomes["final"], run.steps, "final", per_example=(ACCURACY,))
         return seconds
-    elsewhere = causal_lm.on_other_text(run, trained, run.other_dataset)
-    for metric, part in ((EVAL_LOSS, trained), (OTHER_LOSS, elsewhere)):
-        losses, seconds = causal_lm.losses_on_test(run, part, {"final": nullcontext})
-        causal_lm.observe(into, losses["final"], metric, run.steps, "final")
-        total_sec += seconds
-    return total_sec
+    return causal_lm.observe_domains(into, run, trained, run.other_dataset, run.steps, "final")
 
 
 def _way_to_target(

@@ -101,6 +101,18 @@ def test_spread_is_even_and_keeps_the_ends():
     assert blocks.spread(None) is blocks is blocks.spread(10)
 
 
+def test_a_draw_has_different_blocks_and_holds_the_smaller_draws_of_its_seed():
+    blocks = Blocks(np.arange(20).reshape(10, 2), np.arange(20).reshape(10, 2), ("a",))
+    drawn = blocks.drawn(6, seed=0).input_ids[:, 0].tolist()
+    assert len(set(drawn)) == 6
+    assert blocks.drawn(3, seed=0).input_ids[:, 0].tolist() == drawn[:3]
+    assert (blocks.drawn(6, seed=0).document == blocks.drawn(6, seed=0).input_ids).all()
+    assert blocks.drawn(6, seed=1).input_ids[:, 0].tolist() != drawn
+    assert sorted(blocks.drawn(10, seed=0).input_ids[:, 0].tolist()) == list(range(0, 20, 2))
+    with pytest.raises(UserError, match="the text must have at least 11 blocks of 2 tokens, got 10"):
+        blocks.drawn(11, seed=0)
+
+
 def test_a_split_shorter_than_a_block(tokenizer):
     with pytest.raises(UserError, match="a split has 4 tokens, fewer than one block of 8; lower --sequence-length"):
         pack([Document("a", "abc")], tokenizer, 8)
