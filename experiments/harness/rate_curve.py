@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +27,38 @@ USABLE_WITHIN = 0.05
 
 TUNED_LOSS = Metric("tuned_loss", "nats", "minimize")
 TUNED_ACCURACY = Metric("tuned_accuracy", "1", "maximize")
-"""Test outcomes at the learning rate that validation chose."""
+"""Test outcomes at the learning rate that validation chose; none where it chose an end of those that were tried."""
 CHOSEN_RATE = Metric("chosen_learning_rate", "1", "none")
 CHOSEN_AT_EDGE = Metric("chosen_at_edge", "1", "minimize")
-"""1 where it is the least or the greatest of those to choose among."""
+"""1 where it is the least or the greatest of those that were tried."""
 USABLE_DECADES = Metric("usable_decades", "1", "maximize")
 """Width of the usable band in powers of ten."""
 HIGHEST_USABLE = Metric("highest_usable_learning_rate", "1", "maximize")
 NO_GAIN = Metric("no_gain", "1", "minimize")
-"""1 where the trained model is no better on test than the best constant answer."""
+"""1 where the trained model is no better on test than the best constant answer, or its loss is not finite."""
 
-Scores = Mapping[str, Mapping[Metric, float]]
-"""By split: the loss first, then whatever else the task measures."""
+
+@dataclass(frozen=True)
+class RateRun:
+    """What training at one learning rate came to; of JSON's types throughout."""
+
+    learning_rate: float
+    scores: Mapping[str, Sequence[float]]
+    """By split, in the order of ``metrics_of``: the loss first."""
+    checks: Mapping[str, Sequence[Any]]
+    """Proof that the run was as the arm says: due and found."""
+    training_sec: float
+    evaluation_sec: float
+
+    def loss(self, split: str) -> float:
+        """Infinite where it is not finite."""
+        loss = self.scores[split][0]
+        return loss if math.isfinite(loss) else math.inf
+
+
+def metrics_of(run: Run) -> tuple[Metric, ...]:
+    """What a run of the task is scored by, the loss first."""
+    return (CLASSIFIER_LOSS, ACCURACY) if isinstance(run, ClassificationRun) else (EVAL_LOSS,)
 
 
 @dataclass(frozen=True)
@@ -89,23 +109,17 @@ def begin(into: Measurements, run: Run, arm: Arm, seed: int) -> Any:
     return dataclasses.replace(ingredients, model=model)
 
 
-def train_at(
-    rate: float, into: Measurements, run: Run, arm: Arm, steps: int, ingredients: Any, seed: int, work_dir: Path
-) -> Scores:
+def train_at(rate: float, run: Run, arm: Arm, steps: int, ingredients: Any, seed: int, work_dir: Path) -> RateRun:
     """Train a copy of the model at one learning rate.
 
     Args:
         rate: peak of the schedule.
-        into: gets the seconds and the proof that the run was as the arm says.
         run: task and recipe; the arm decides batch size, schedule and warm-up.
         arm: as it is to be.
         steps: optimizer steps.
         ingredients: with the model as it begins, which is left as it is.
         seed: of data order and dropout.
         work_dir: of this run alone.
-
-    Returns:
-        The scores on validation and test.
     """
     from experiments.harness.cost import Part
     from experiments.harness.training import train
@@ -120,23 +134,46 @@ def train_at(
         "schedule": schedule_facts(arm, rate, steps, outcome.trainer.lr_scheduler),
         "frozen_weights_that_moved": ([], frozen_weights_that_moved(ingredients.model, model)),
     }
-    into.checks += ManipulationCheck.each(**{f"{name} at {rate:g}": check for name, check in checks.items()})
     began = time.monotonic()
     trained = dataclasses.replace(ingredients, model=model)
     scores = {split: scores_on(split, run, trained) for split in ("validation", "test")}
-    into.seconds["training"] += outcome.training_sec
-    into.seconds["evaluation"] += time.monotonic() - began
-    return scores
+    return RateRun(rate, scores, checks, outcome.training_sec, time.monotonic() - began)
 
 
-def scores_on(split: str, run: Run, ingredients: Any) -> dict[Metric, float]:
-    """Loss, and of a classifier the accuracy; in batches of one size, whatever the arm's."""
+def scores_on(split: str, run: Run, ingredients: Any) -> list[float]:
+    """Values of ``metrics_of`` the run; in batches of one size, whatever the arm's."""
     held_out = dataclasses.replace(ingredients, test=getattr(ingredients, split))
     run, arms = dataclasses.replace(run, batch_size=EVALUATION_BATCH), {split: nullcontext}
     if isinstance(run, ClassificationRun):
         metrics = classification.outcomes_on_test(run, held_out, arms)[0][split].metrics
-        return {CLASSIFIER_LOSS: metrics["cross_entropy"], ACCURACY: metrics["accuracy"]}
-    return {EVAL_LOSS: causal_lm.losses_on_test(run, held_out, arms)[0][split].loss}
+        return [metrics["cross_entropy"], metrics["accuracy"]]
+    return [causal_lm.losses_on_test(run, held_out, arms)[0][split].loss]
+
+
+def enclose(loss_at: Callable[[float], float], middle: float, factor: float, most: int) -> list[float]:
+    """Try learning rates a factor apart, from ``middle`` on, until the best of them has a worse one on either side.
+
+    Args:
+        loss_at: trains at a rate and says the loss by which it is judged.
+        middle: where to begin, with its two neighbours.
+        factor: between neighbours, above 1.
+        most: how many are tried at most, at least 3.
+
+    Returns:
+        What was tried, rising; the best one is at an end only if ``most`` were too few.
+    """
+
+    def nth(n: int) -> float:
+        return float(f"{middle * factor**n:.2g}")
+
+    losses = {n: loss_at(nth(n)) for n in (-1, 0, 1)}
+    while len(losses) < most:
+        best = min(losses, key=losses.__getitem__)
+        if min(losses) < best < max(losses):
+            break
+        n = best - 1 if best == min(losses) else best + 1
+        losses[n] = loss_at(nth(n))
+    return [nth(n) for n in sorted(losses)]
 
 
 def loss_without_skill(run: Run, ingredients: Any) -> float:
@@ -169,37 +206,54 @@ def frozen_weights_that_moved(before: nn.Module, after: nn.Module) -> list[str]:
 
 
 def observe_curve(
-    into: Measurements, arm: Arm, steps: int, scores: Mapping[float, Scores], small: Sequence[float], no_skill: float
+    into: Measurements,
+    run: Run,
+    arm: Arm,
+    steps: int,
+    runs: Sequence[RateRun],
+    tried: Sequence[float],
+    long_grid: Sequence[float],
+    no_skill: float,
 ) -> None:
-    """Add every run's scores, the arm's tuned ones, and on a long grid its band of usable learning rates.
+    """Add every run's scores and checks, the arm's tuned ones, and on a long grid its band of usable learning rates.
 
     Args:
-        into: gets the outcome, or the note that the arm diverged where a loss is not finite.
+        into: gets the outcome, or the note that the arm diverged where no loss is finite.
+        run: the task.
         arm: what was trained.
         steps: optimizer steps of each run.
-        scores: by learning rate, rising.
-        small: the rates among which the arm's is chosen.
+        runs: learning rates rising.
+        tried: the rates among which validation chooses, rising.
+        long_grid: the rates of the learning-rate curve; none where it is of no interest.
         no_skill: test loss from which on training has brought nothing.
     """
-    losses = {rate: {split: next(iter(of.values())) for split, of in both.items()} for rate, both in scores.items()}
-    if broken := [rate for rate, both in losses.items() if not all(map(math.isfinite, both.values()))]:
-        into.diverged = f"the loss is not finite at learning rate {broken[0]:g}"
+    for part in ("training", "evaluation"):
+        into.seconds[part] += sum(getattr(each, f"{part}_sec") for each in runs)
+    into.checks += ManipulationCheck.each(
+        **{f"{name} at {each.learning_rate:g}": pair for each in runs for name, pair in each.checks.items()}
+    )
+    add = into.observations.append
+    for each in runs:
+        at = {"learning_rate": each.learning_rate, "grid": "long" if each.learning_rate in long_grid else "search"}
+        for split, values in each.scores.items():
+            for metric, value in zip(metrics_of(run), values, strict=True):
+                if math.isfinite(value):
+                    add(Observation.of(metric, value, steps, split=split, **at, **arm.conditions))
+        no_gain = float(each.loss("test") >= no_skill)
+        add(Observation.of(NO_GAIN, no_gain, steps, split="test", **at, **arm.conditions))
+    chosen = min((each for each in runs if each.learning_rate in tried), key=lambda each: each.loss("validation"))
+    if not math.isfinite(chosen.loss("validation")):
+        into.diverged = f"the loss is not finite at any learning rate from {tried[0]:g} to {tried[-1]:g}"
         return
-    conditions, add = arm.conditions, into.observations.append
-    for rate, both in scores.items():
-        for split, values in both.items():
-            for metric, value in values.items():
-                add(Observation.of(metric, value, steps, split=split, learning_rate=rate, **conditions))
-        no_gain = float(losses[rate]["test"] >= no_skill)
-        add(Observation.of(NO_GAIN, no_gain, steps, split="test", learning_rate=rate, **conditions))
-    chosen = min(small, key=lambda rate: losses[rate]["validation"])
-    tuned = dict(zip((TUNED_LOSS, TUNED_ACCURACY), scores[chosen]["test"].values(), strict=False))
-    tuned |= {CHOSEN_RATE: chosen, CHOSEN_AT_EDGE: float(chosen in (small[0], small[-1]))}
-    if arm.long_grid:
-        low, high = usable_band(list(losses), [both["test"] for both in losses.values()], USABLE_WITHIN)
+    at_edge = chosen.learning_rate in (tried[0], tried[-1])
+    tuned = {CHOSEN_RATE: chosen.learning_rate, CHOSEN_AT_EDGE: float(at_edge)}
+    if not at_edge:
+        tuned |= dict(zip((TUNED_LOSS, TUNED_ACCURACY), chosen.scores["test"], strict=False))
+    if long_grid:
+        low, high = usable_band([r.learning_rate for r in runs], [r.loss("test") for r in runs], USABLE_WITHIN)
         tuned |= {USABLE_DECADES: math.log10(high / low), HIGHEST_USABLE: high}
     for metric, value in tuned.items():
-        add(Observation.of(metric, value, steps, split="test", **conditions))
+        add(Observation.of(metric, value, steps, split="test", **arm.conditions))
 
 
 def usable_band(rates: Sequence[float], losses: Sequence[float], within: float) -> tuple[float, float]:
@@ -209,7 +263,7 @@ def usable_band(rates: Sequence[float], losses: Sequence[float], within: float) 
 
     Args:
         rates: rising.
-        losses: one a rate, positive.
+        losses: one a rate, positive; infinite where training broke.
         within: share of the least loss.
     """
     best = min(range(len(losses)), key=losses.__getitem__)

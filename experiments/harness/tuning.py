@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.harness.experiment import UserError
 from experiments.harness.record import Metric
@@ -132,7 +132,7 @@ def tune(
     middle = {"size_number": len(space.sizes) // 2} if space.sizes else {}
     for rate in space.common_rates:
         study.enqueue_trial({"learning_rate": rate, **middle})
-    finished = json.loads(file.read_text()) if file.is_file() else []
+    finished = read_runs(file)
     runs: list[TuningRun] = []
     for number in range(space.runs):
         trial = study.ask()
@@ -170,3 +170,9 @@ def write_runs(file: Path, runs: Sequence[DataclassInstance]) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps([dataclasses.asdict(run) for run in runs]))
     os.replace(temporary, file)
+
+
+def read_runs(file: Path) -> list[Any]:
+    """What ``write_runs`` wrote, one dict a run; none where there is no file."""
+    runs: list[Any] = json.loads(file.read_text()) if file.is_file() else []
+    return runs

@@ -15,7 +15,6 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from analysis.estimands import per_seed_values
 from experiments.harness.claims import Interaction
-from experiments.harness.classification import ACCURACY, CLASSIFIER_LOSS
 from experiments.harness.experiment import Preempted, UserError
 from experiments.harness.lora import (
     LoraArm,
@@ -27,9 +26,12 @@ from experiments.harness.lora import (
 )
 from experiments.harness.rate_curve import (
     Arm,
+    RateRun,
     begin,
+    enclose,
     frozen_weights_that_moved,
     loss_without_skill,
+    metrics_of,
     observe_curve,
     schedule_facts,
     train_at,
@@ -45,10 +47,11 @@ from experiments.lora_scaling import (
     LanguageModelling,
     Sentiment,
     arms_of,
-    grids,
+    first_rate,
     run_trial,
     trials,
 )
+from tests.experiments.stopping import Context
 
 CPU = SCALES["cpu"]
 TINY = SCALES["smoke"].classification
@@ -191,17 +194,16 @@ def test_the_linear_schedule_by_hand(tmp_path):
 
 def test_runs_begin_at_the_same_weights_and_leave_them(tmp_path):
     """The second run at a rate gives the same scores to the last bit as one that is the first."""
-    arm, into = Arm(LoraArm(rank=2), 4), Measurements(seconds={"training": 0.0, "evaluation": 0.0})
-    ingredients = begin(into, TINY, arm, seed=0)
+    arm = Arm(LoraArm(rank=2), 4)
+    ingredients = begin(Measurements(), TINY, arm, seed=0)
     before = copy.deepcopy(ingredients.model)
-    first, _, again = (
-        train_at(rate, into, TINY, arm, 2, ingredients, 0, tmp_path / str(i))
-        for i, rate in enumerate((1e-2, 1e-1, 1e-2))
+    first, other, again = (
+        train_at(rate, TINY, arm, 2, ingredients, 0, tmp_path / str(i)) for i, rate in enumerate((1e-2, 1e-1, 1e-2))
     )
-    assert first == again
+    assert first.scores == again.scores != other.scores
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), ingredients.model.parameters(), strict=True))
-    assert all(check.passed for check in into.checks)
-    assert {check.observed for check in into.checks if check.name.startswith("examples")} == {"8"}
+    assert all(due == found for run in (first, other, again) for due, found in run.checks.values())
+    assert first.checks["examples"] == (8, 8)
 
 
 def test_a_frozen_weight_that_moved_is_named():
@@ -229,14 +231,18 @@ def test_a_language_model_is_an_arm_too(tmp_path):
     run = LanguageModelling(
         model="tiny-random", random_init=True, sequence_length=16, precision="fp32", validation_blocks=2, test_blocks=2
     )
-    arm, into = Arm(LoraArm(rank=2, targets="all"), 2), Measurements(seconds={"training": 0.0, "evaluation": 0.0})
+    arm, into = Arm(LoraArm(rank=2, targets="all"), 2), measurements()
     ingredients = begin(into, run, arm, seed=0)
-    scores = train_at(1e-3, into, run, arm, 1, ingredients, 0, tmp_path)
-    assert [list(of) for of in scores.values()] == [[EVAL_LOSS], [EVAL_LOSS]]
-    assert scores["test"][EVAL_LOSS] == pytest.approx(math.log(257), rel=0.05)
+    trained = train_at(1e-3, run, arm, 1, ingredients, 0, tmp_path)
+    assert metrics_of(run) == (EVAL_LOSS,)
+    assert trained.scores["test"] == [pytest.approx(math.log(257), rel=0.05)]
+    rates = [1e-4, 1e-3, 1e-2]
+    runs = [dataclasses.replace(trained, learning_rate=rate) for rate in rates]
+    runs[1] = dataclasses.replace(runs[1], scores={split: [1.0] for split in trained.scores})
+    observe_curve(into, run, arm, 1, runs, rates, (), loss_without_skill(run, ingredients))
     wrong = {check.name for check in into.checks if not check.passed}
     assert wrong <= {"lora_params_within_5_percent_of_qkvo"}  # rank 2 leaves no choice
-    observe_curve(into, arm, 1, {1e-3: scores}, [1e-3], loss_without_skill(run, ingredients))
+    assert [o.value for o in into.observations if o.metric == "tuned_loss"] == [1.0]
     assert "tuned_accuracy" not in {o.metric for o in into.observations}
 
 
@@ -252,43 +258,87 @@ def test_usable_band_by_hand(losses, band):
     assert usable_band([1.0, 10.0, 100.0, 1000.0], losses, within=0.05) == pytest.approx(band)
 
 
-def scores_of(validation: list[float], test: list[float], rates=(1e-4, 1e-3, 1e-2)):
-    def of(loss: float):
-        return {CLASSIFIER_LOSS: loss, ACCURACY: 1 - loss}
+def measurements() -> Measurements:
+    return Measurements(seconds={"training": 0.0, "evaluation": 0.0})
 
-    pairs = zip(rates, validation, test, strict=True)
-    return {rate: {"validation": of(v), "test": of(t)} for rate, v, t in pairs}
+
+def runs_of(validation: list[float], test: list[float], rates=(1e-4, 1e-3, 1e-2, 1e-1)) -> list[RateRun]:
+    pairs = zip(rates, validation, test, strict=False)
+    return [RateRun(r, {"validation": [v, 1 - v], "test": [t, 1 - t]}, {"fact": (1, 1)}, 2.0, 0.5) for r, v, t in pairs]
+
+
+def observed(runs, tried, long_grid=(), no_skill=0.7):
+    into = measurements()
+    observe_curve(into, CPU.classification, Arm(None, 8), 7, runs, tried, long_grid, no_skill)
+    return into, {o.metric: o for o in into.observations}
 
 
 def test_validation_chooses_and_test_reports():
-    """Among the small grid alone, although a rate of the long one is better; and never by test."""
-    into = Measurements()
-    scores = scores_of(validation=[0.5, 0.4, 0.1], test=[0.3, 0.6, 0.2])
-    observe_curve(into, Arm(None, 8, long_grid=True), 7, scores, small=[1e-4, 1e-3], no_skill=0.6)
-    found = {o.metric: o for o in into.observations}
+    """Among those that the search tried alone, although a rate of the long grid is better; and never by test."""
+    runs = runs_of(validation=[0.5, 0.4, 0.45, 0.1], test=[0.3, 0.6, 0.2, 0.2])
+    into, found = observed(runs, tried=[1e-4, 1e-3, 1e-2], long_grid=[1e-4, 1e-1], no_skill=0.6)
     assert (found["tuned_loss"].value, found["tuned_accuracy"].value) == (0.6, 0.4)
-    assert (found["chosen_learning_rate"].value, found["chosen_at_edge"].value) == (1e-3, 1)
-    assert [o.value for o in into.observations if o.metric == "no_gain"] == [0, 1, 0]
-    assert found["highest_usable_learning_rate"].value == 1e-2
+    assert (found["chosen_learning_rate"].value, found["chosen_at_edge"].value) == (1e-3, 0)
+    assert [o.value for o in into.observations if o.metric == "no_gain"] == [0, 1, 0, 0]
+    grids = [o.grid for o in into.observations if o.metric == "no_gain"]
+    assert grids == ["long", "search", "search", "long"]
+    assert found["highest_usable_learning_rate"].value == 1e-1
     assert {o.step for o in into.observations} == {7}
+    assert into.seconds == {"training": 8.0, "evaluation": 2.0}
+    assert {check.name for check in into.checks} == {f"fact at {rate}" for rate in ("0.0001", "0.001", "0.01", "0.1")}
 
 
-def test_a_loss_that_is_not_finite_is_a_divergence():
-    into = Measurements()
-    observe_curve(into, Arm(None, 8), 7, scores_of([0.5, 0.4, math.nan], [0.3, 0.6, 0.2]), [1e-3], 0.7)
-    assert into.diverged == "the loss is not finite at learning rate 0.01"
-    assert not into.observations
+@pytest.mark.parametrize("losses", [[0.1, 0.4, 0.5], [0.5, 0.4, 0.1]])
+def test_a_best_rate_at_an_end_is_no_tuned_outcome(losses):
+    _, found = observed(runs_of(losses, losses), tried=[1e-4, 1e-3, 1e-2])
+    assert found["chosen_at_edge"].value == 1
+    assert "tuned_loss" not in found and "tuned_accuracy" not in found
+
+
+def test_a_rate_at_which_training_breaks_is_an_outcome_and_not_the_end():
+    runs = runs_of([0.5, 0.4, math.nan], [0.5, 0.4, math.nan])
+    into, found = observed(runs, tried=[1e-4, 1e-3, 1e-2], long_grid=[1e-4, 1e-3, 1e-2])
+    assert into.diverged is None
+    assert found["tuned_loss"].value == 0.4
+    assert [o.value for o in into.observations if o.metric == "no_gain"] == [0, 0, 1]
+    assert found["highest_usable_learning_rate"].value == 1e-3
+    assert all(math.isfinite(o.value) for o in into.observations)
+    into, found = observed(runs_of([math.nan] * 3, [0.1] * 3), tried=[1e-4, 1e-3, 1e-2])
+    assert into.diverged == "the loss is not finite at any learning rate from 0.0001 to 0.01"
+
+
+@pytest.mark.parametrize("best", [1e-6, 3.2e-5, 1e-3, 3e-2])
+def test_a_search_goes_on_until_the_best_rate_is_enclosed(best):
+    asked = []
+
+    def loss_at(rate):
+        asked.append(rate)
+        return abs(math.log10(rate / best))
+
+    tried = enclose(loss_at, 1e-3, 10**0.25, most=30)
+    assert tried == sorted(asked) and len(set(asked)) == len(asked)
+    nearest = min(tried, key=lambda rate: abs(math.log10(rate / best)))
+    assert tried[0] < nearest < tried[-1]
+    assert abs(math.log10(nearest / best)) <= 0.13
+    steps = np.diff(np.log10(tried))
+    assert steps == pytest.approx(0.25, abs=0.03)
+    assert enclose(loss_at, 1e-3, 10**0.25, most=3) == [5.6e-4, 1e-3, 1.8e-3]
+
+
+def test_a_search_goes_down_where_training_breaks():
+    tried = enclose(lambda rate: abs(math.log10(rate / 1e-5)) if rate < 1e-4 else math.inf, 1e-3, 10.0, most=9)
+    assert tried == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
 
 
 def test_an_arm_is_tuned_around_its_own_rate():
     run = CPU.classification
     lora, full = (arms_of(method, CPU, run) for method in ("lora", "full"))
-    assert grids("lora", lora["rank_1"], CPU, run) == ([3e-4, 1e-3, 3e-3],) * 2
-    assert grids("full", full["linear"], CPU, run) == ([3e-5, 1e-4, 3e-4],) * 2
-    assert grids("full", full["batch_128"], CPU, run) == ([1.2e-4, 4e-4, 1.2e-3],) * 2
-    for method, arms in (("lora", lora), ("full", full)):
-        small, rates = grids(method, arms[CENTRE], CPU, run)
-        assert rates == list(CPU.learning_rates) and set(small) < set(rates)
+    assert first_rate("lora", lora["rank_1"], run) == run.lora_learning_rate
+    assert first_rate("full", full["batch_128"], run) == pytest.approx(4 * run.learning_rate)
+    for arms in (lora, full):
+        assert [name for name, arm in arms.items() if arm.long_grid] == [
+            name for name in (CENTRE, "no_warmup") if name in arms
+        ]
 
 
 def test_every_arm_changes_one_thing():
@@ -300,23 +350,23 @@ def test_every_arm_changes_one_thing():
             assert len(changed) == 1, name
 
 
-def test_plan_counts_runs_as_the_cost_does():
+def test_the_plan():
     plan = trials(CPU, "cpu")
-    assert len(plan) == len({spec.trial_id for spec in plan}) == 5 * (14 + 6)
-    runs = {method: 0 for method in METHODS}
-    for method in METHODS:
-        for arm in arms_of(method, CPU, CPU.classification).values():
-            runs[method] += len(grids(method, arm, CPU, CPU.classification)[1])
-    assert runs == {"lora": 46, "full": 26}
+    assert len(plan) == len({spec.trial_id for spec in plan}) == 5 * (11 + 6)
     assert {spec.factors["track"] for spec in trials(SCALES["gpu"], "gpu")} == {"classification", "language_modelling"}
 
 
-def test_a_trial_that_is_asked_to_stop_stops_between_runs(tmp_path):
-    context = SimpleNamespace(
-        work_dir=tmp_path, report=lambda *_, **__: None, should_stop=lambda: True, wandb_run_id=lambda: None
-    )
+def test_a_trial_that_was_stopped_goes_on_with_the_next_rate(tmp_path):
+    spec = next(s for s in trials(SCALES["smoke"], "smoke") if s.factors["variant"] == "rank_1")
+    (tmp_path / "whole").mkdir()
+    whole = run_trial(spec, Context(tmp_path / "whole"))
+    context = Context(tmp_path, stop_at=3)
     with pytest.raises(Preempted):
-        run_trial(trials(SCALES["smoke"], "smoke")[0], context)
+        run_trial(spec, context)
+    again = Context(tmp_path)
+    assert run_trial(spec, again).observations == whole.observations
+    rates = sum(o.metric == "no_gain" for o in whole.observations)
+    assert again.asked == rates - 2
 
 
 def recorded(scale: str) -> pd.DataFrame:
@@ -327,15 +377,22 @@ def recorded(scale: str) -> pd.DataFrame:
         track, method, variant = spec.factors.values()
         run = getattr(settings, track)
         arm = arms_of(method, settings, run)[variant]
-        small, rates = grids(method, arm, settings, run)
-        best, splits = {"full": -4.0, "lora": -3.0}[method], ("validation", "test")
-        names = (CLASSIFIER_LOSS, ACCURACY) if track == "classification" else (EVAL_LOSS,)
-        scores = {}
-        for rate in rates:
+        best, runs = {"full": -4.0, "lora": -3.0}[method], {}
+
+        def train(rate: float, best=best, runs=runs, run=run) -> float:
             loss = 0.4 + 0.1 * (math.log10(rate) - best) ** 2
-            scores[rate] = {split: {name: loss + 0.01 * draw.random() for name in names} for split in splits}
-        into = Measurements()
-        observe_curve(into, arm, run.examples // arm.batch_size, scores, small, no_skill=0.6)
+            splits = ("validation", "test")
+            scores = {split: [loss + 0.001 * draw.random() for _ in metrics_of(run)] for split in splits}
+            runs.setdefault(rate, RateRun(rate, scores, {}, 0.0, 0.0))
+            return runs[rate].loss("validation")
+
+        tried = enclose(train, first_rate(method, arm, run), settings.rate_factor, settings.most_rates)
+        long_grid = settings.learning_rates if arm.long_grid else ()
+        for rate in long_grid:
+            train(rate)
+        into = measurements()
+        rising = [runs[rate] for rate in sorted(runs)]
+        observe_curve(into, run, arm, run.examples // arm.batch_size, rising, tried, long_grid, no_skill=0.6)
         trial = {"trial_id": spec.trial_id, "seed": spec.seed, "status": "ok", **spec.factors}
         rows += [trial | observation.model_dump() for observation in into.observations]
     return pd.DataFrame(rows)
@@ -371,7 +428,9 @@ def test_claims_name_arms_and_rates_of_the_design():
         ({"ranks": (1, 16)}, "ranks must not hold the centre's 16"),
         ({"ranks": (1, 1)}, "ranks must be positive and differ, got 1 1"),
         ({"learning_rates": (0.0, 1e-3)}, r"learning_rates must be positive and differ, got 0\.0 0\.001"),
-        ({"learning_rates": (1e-3,)}, "a grid needs a rate, the long one two"),
+        ({"learning_rates": (1e-3,)}, "learning_rates must be at least 2, got 1"),
+        ({"rate_factor": 1.0}, r"rate_factor must be above 1\.05, got 1\.0"),
+        ({"most_rates": 2}, "most_rates must be at least 3 .*, got 2"),
         ({"batch_sizes": (8,)}, "batch_sizes must not hold the centre's 8"),
         ({"batch_sizes": (5,)}, "examples must be a multiple of every batch size, got 768 and 5"),
         ({"classification": Sentiment(lora_learning_rate=0.0)}, r"lora_learning_rate must be positive, got 0\.0"),
