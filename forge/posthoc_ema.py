@@ -11,8 +11,9 @@ share of the run is σ_rel = ((γ+1) / ((γ+2)² (γ+3)))^½: 0.05 and 0.10 are 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -63,14 +65,17 @@ class PowerEMAModel(EMAModel):
     Args:
         model: the model being trained.
         sigma_rel: widths of the profiles as shares of the run so far, each in (0, 12^-½).
-        **options: ``trainable_only``, ``names`` and ``device`` of ``EMAModel``.
+        **options: ``trainable_only``, ``names``, ``device`` and ``update_every`` of ``EMAModel``. With
+            ``update_every=n`` the average is that of every n-th θ: t in equation 3 counts updates.
     """
 
     def __init__(
         self, model: torch.nn.Module, sigma_rel: float | Sequence[float] = (0.05, 0.10), **options: Any
     ) -> None:
-        for unknown in sorted(set(options) - {"trainable_only", "names", "device"}):
-            raise TypeError(f"a power-function average takes trainable_only, names and device, got {unknown}")
+        for unknown in sorted(set(options) - {"trainable_only", "names", "device", "update_every"}):
+            raise TypeError(
+                f"a power-function average takes trainable_only, names, device, update_every, got {unknown}"
+            )
         super().__init__(model, sigma_rel, **options)
         self._exponents = {width: gamma_of(width) + 1 for width in self.decays}
 
@@ -86,31 +91,56 @@ class PostHocEMACallback(EMACallback):
         snapshots: folder of the snapshots, one safetensors file each; made if it does not exist.
         every_steps: optimizer steps between snapshots; the last step of the run has one too.
         sigma_rel: widths of the two profiles.
-        **options: ``trainable_only``, ``names`` and ``device`` of ``EMAModel``.
+        dtype: of the stored tensors; None stores them as they are followed (fp32 at least). ``torch.float16`` halves
+            the files, and its rounding is below that of weights used in bf16.
+        **options: as of ``PowerEMAModel``.
 
     Raises:
-        ValueError: for an interval below 1, or fewer than two widths.
+        ValueError: for an interval below 1 or no multiple of ``update_every``, fewer than two widths, or a dtype
+            without fractions.
     """
 
     _model_class = PowerEMAModel
     _state_file = "posthoc_ema_state.safetensors"
 
     def __init__(
-        self, snapshots: str | Path, every_steps: int, sigma_rel: Sequence[float] = (0.05, 0.10), **options: Any
+        self,
+        snapshots: str | Path,
+        every_steps: int,
+        sigma_rel: Sequence[float] = (0.05, 0.10),
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         if every_steps < 1:
             raise ValueError(f"every_steps must be at least 1, got {every_steps}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be of floating point, got {dtype}; pass for example torch.float16")
         if len(sigma_rel) < 2:
             raise ValueError(f"two profiles or more are needed to reconstruct others, got {list(sigma_rel)}")
         super().__init__(sigma_rel, evaluate=False, **options)
-        self._folder, self._every = Path(snapshots), every_steps
+        if every_steps % options.get("update_every", 1):
+            raise ValueError(
+                f"every_steps must be a multiple of update_every, got {every_steps} and {options['update_every']}"
+            )
+        self._folder, self._every, self._dtype = Path(snapshots), every_steps, dtype
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Update the averages and store them when it is time."""
         super().on_step_end(args, state, control, **kw)
         if args.should_save and (state.global_step % self._every == 0 or state.global_step == state.max_steps):
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_ema_file(self.ema.state_dict(), snapshot_path(self._folder, state.global_step))
+            save_ema_file(self._snapshot(), snapshot_path(self._folder, state.global_step))
+
+    def _snapshot(self) -> dict[str, Any]:
+        """The state, in the dtype of the files, with the updates that its profiles are counted in."""
+        ema = self.ema
+        stored = {
+            decay_label(width): {n: t.to(device="cpu", dtype=self._dtype) for n, t in ema.averages(width).items()}
+            for width in ema.decays
+        }
+        told = {"step": ema.step, "decays": list(ema.decays), "update_every": ema.update_every}
+        return {**told, "averages": stored}
 
 
 def snapshot_path(folder: str | Path, step: int) -> Path:
@@ -153,7 +183,7 @@ def reconstruct(
         sigma_rel: the wanted width of a power-function profile, or
         decay: the wanted β of an exponential average with bias correction; exactly one of the two.
         step: the optimizer step to average up to, at most that of the last snapshot, which is the default. Between
-            two snapshots the error is larger than at one.
+            two snapshots the error is larger than at one. Snapshots after the first one from there on are not read.
 
     Raises:
         FileNotFoundError: if the folder holds no snapshot.
@@ -162,22 +192,31 @@ def reconstruct(
     files = {int(path.stem.removeprefix("step-")): path for path in sorted(Path(folder).glob("step-*.safetensors"))}
     if not files:
         raise FileNotFoundError(f"{folder} holds no snapshot; train with PostHocEMACallback")
-    last = max(files)
-    step = last if step is None else step
-    if not 1 <= step <= last:
-        raise ValueError(f"step must be in [1, {last}], where the last snapshot is, got {step}")
-    widths = load_ema_file(files[last])["decays"]
-    stored = [(width, at) for at in files for width in widths]
-    wanted = np.pad(_profile(step, sigma_rel, decay), (0, last - step))
-    shares, error = combine([power_profile(gamma_of(width), at) for width, at in stored], wanted)
+    with safe_open(files[max(files)], framework="pt") as file:
+        told = json.loads(file.metadata()["ema"])
+    widths, every = told["decays"], told["update_every"]
+    step = max(files) if step is None else step
+    if not every <= step <= max(files):
+        raise ValueError(f"step must be in [{every}, {max(files)}], where the last snapshot is, got {step}")
+    last = min(at for at in files if at >= step)
+    wanted = _profile(step // every, every, sigma_rel, decay)
+    stored = [(width, at) for at in files if every <= at <= last for width in widths]
+    profiles = [power_profile(gamma_of(width), at // every) for width, at in stored]
+    shares, error = combine(profiles, np.pad(wanted, (0, last // every - wanted.size)))
+    return Reconstruction(_weighted_sum(files, dict(zip(stored, shares, strict=True))), error)
+
+
+def _weighted_sum(files: Mapping[int, Path], shares: Mapping[tuple[float, int], float]) -> dict[str, Tensor]:
+    """Σ share · stored average over (width, step), fp32 at least; one file is in memory at a time."""
     averages: dict[str, Tensor] = {}
-    for at, path in files.items():
-        state = load_ema_file(path)["averages"]
-        for width in widths:
-            share = shares[stored.index((width, at))]
-            for name, tensor in state[decay_label(width)].items():
-                averages[name] = averages[name].add_(tensor, alpha=share) if name in averages else tensor.mul_(share)
-    return Reconstruction(averages, error)
+    for at in sorted({at for _, at in shares}):
+        state = load_ema_file(files[at])
+        for width in state["decays"]:
+            share = shares[width, at]
+            for name, tensor in state["averages"][decay_label(width)].items():
+                wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                averages[name] = averages[name].add_(wide, alpha=share) if name in averages else wide.mul_(share)
+    return averages
 
 
 def power_profile(gamma: float, step: int) -> Array:
@@ -208,12 +247,13 @@ def combine(stored: Sequence[Array], wanted: Array) -> tuple[Array, float]:
     return shares, math.sqrt(max(0.0, left) / norm)
 
 
-def _profile(step: int, sigma_rel: float | None, decay: float | None) -> Array:
+def _profile(updates: int, every: int, sigma_rel: float | None, decay: float | None) -> Array:
+    """The wanted weights of the θ that the updates saw, one every so many steps."""
     if (sigma_rel is None) == (decay is None):
         raise ValueError(f"name either sigma_rel or decay, got sigma_rel={sigma_rel} and decay={decay}")
     if sigma_rel is not None:
-        return power_profile(gamma_of(sigma_rel), step)
+        return power_profile(gamma_of(sigma_rel), updates)
     assert decay is not None
     if not 0 < decay < 1:
         raise ValueError(f"decay must be a number in (0, 1), got {decay}; pass for example 0.999")
-    return exponential_profile(decay, step)
+    return exponential_profile(decay**every, updates)

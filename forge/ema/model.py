@@ -288,7 +288,7 @@ class _Track:
 def save_ema_file(state: Mapping[str, Any], path: Path) -> None:
     """Write an EMA state as safetensors, whole or not at all."""
     tensors = {f"{label}/{name}": t for label, named in state["averages"].items() for name, t in named.items()}
-    metadata = {"ema": json.dumps({"step": state["step"], "decays": state["decays"]})}
+    metadata = {"ema": json.dumps({key: value for key, value in state.items() if key != "averages"})}
     unfinished = path.with_name(path.name + ".tmp")
     save_file(tensors, unfinished, metadata=metadata)
     os.replace(unfinished, path)

@@ -67,8 +67,20 @@ def test_the_recursion_has_the_profile_of_its_closed_form():
 
 
 def test_options_that_would_change_the_profile_are_refused():
-    with pytest.raises(TypeError, match="takes trainable_only, names and device, got update_every"):
-        PowerEMAModel(nn.Linear(2, 2), 0.1, update_every=2)
+    with pytest.raises(TypeError, match="takes trainable_only, names, device, update_every, got bias_correction"):
+        PowerEMAModel(nn.Linear(2, 2), 0.1, bias_correction=True)
+
+
+def test_an_average_of_every_third_step_has_the_profile_of_those():
+    path, ema = [], None
+    for step, model in enumerate(walk(50), start=1):
+        ema = ema or PowerEMAModel(model, 0.2, update_every=3)
+        ema.update()
+        if step % 3 == 0:
+            path.append(model.weight.detach().double().clone())
+    weights = torch.from_numpy(power_profile(gamma_of(0.2), 16)).view(-1, 1, 1)
+    wanted = (weights * torch.stack(path)).sum(dim=0)
+    torch.testing.assert_close(ema.averages(0.2)["weight"].double(), wanted, rtol=0, atol=2e-6)
 
 
 def test_a_stored_profile_is_found_again():
@@ -149,6 +161,33 @@ def test_a_power_average_at_another_step_is_reconstructed(run, tmp_path):
     assert reconstruct(folder / "snapshots", sigma_rel=0.15, step=52).error < found.error
 
 
+def test_averages_of_every_second_step_in_half_precision(run, tmp_path):
+    """Half the updates and half the bytes; what is left of the error is small against what averaging does."""
+    folder, direct, model = run
+    options = {"sigma_rel": (0.025, 0.15), "update_every": 2, "dtype": torch.float16}
+    train(tmp_path / "out", [PostHocEMACallback(tmp_path / "snapshots", every_steps=4, **options)])
+    found, wanted = reconstruct(tmp_path / "snapshots", decay=0.95), direct.ema.averages(0.95)
+    raw = dict(model.named_parameters())
+    off = sum((found.averages[n] - wanted[n]).square().sum() for n in wanted)
+    away = sum((raw[n].detach() - wanted[n]).square().sum() for n in wanted)
+    assert off < 0.01 * away
+    assert {tensor.dtype for tensor in found.averages.values()} == {torch.float32}
+    sizes = [snapshot_path(where / "snapshots", 64).stat().st_size for where in (tmp_path, folder)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_snapshots_after_the_step_are_not_read(run):
+    folder, _, _ = run
+    whole = reconstruct(folder / "snapshots", sigma_rel=0.1, step=32)
+    with_some = [path for path in (folder / "snapshots").iterdir() if path <= snapshot_path(folder / "snapshots", 32)]
+    (folder / "some").mkdir()
+    for path in with_some:
+        (folder / "some" / path.name).hardlink_to(path)
+    some = reconstruct(folder / "some", sigma_rel=0.1)
+    assert whole.error == some.error
+    assert all(torch.equal(whole.averages[name], some.averages[name]) for name in some.averages)
+
+
 def test_an_interrupted_run_stores_the_same_snapshots(run, tmp_path):
     folder, _, _ = run
     callbacks = [PostHocEMACallback(tmp_path / "snapshots", every_steps=4)]
@@ -179,5 +218,9 @@ def test_wrong_requests(run, tmp_path):
         reconstruct(folder / "snapshots", decay=1)
     with pytest.raises(ValueError, match="every_steps must be at least 1, got 0"):
         PostHocEMACallback(tmp_path, every_steps=0)
+    with pytest.raises(ValueError, match="every_steps must be a multiple of update_every, got 5 and 2"):
+        PostHocEMACallback(tmp_path, every_steps=5, update_every=2)
+    with pytest.raises(ValueError, match=r"dtype must be of floating point, got torch\.int8"):
+        PostHocEMACallback(tmp_path, every_steps=1, dtype=torch.int8)
     with pytest.raises(ValueError, match="two profiles or more"):
         PostHocEMACallback(tmp_path, every_steps=1, sigma_rel=(0.1,))
