@@ -232,7 +232,11 @@ def exponential_profile(decay: float, step: int) -> Array:
 
 
 def combine(stored: Sequence[Array], wanted: Array) -> tuple[Array, float]:
-    """Shares of the stored profiles whose sum is nearest to the wanted one, and the relative distance that is left."""
+    """Shares of the stored profiles whose sum is nearest to the wanted one, and the relative distance that is left.
+
+    The shares sum to 1, as the weights of each profile do: else the sum would scale what all θ have in common, by 2 %
+    where the profile itself is 10 % off.
+    """
     gram, product = np.zeros((len(stored), len(stored))), np.zeros(len(stored))
     for begin in range(0, wanted.size, _CHUNK_STEPS):
         part = np.zeros((len(stored), min(_CHUNK_STEPS, wanted.size - begin)))
@@ -241,7 +245,9 @@ def combine(stored: Sequence[Array], wanted: Array) -> tuple[Array, float]:
             row[: some.size] = some
         gram += part @ part.T
         product += part @ wanted[begin : begin + part.shape[1]]
-    shares = np.asarray(np.linalg.lstsq(gram, product, rcond=None)[0], dtype=np.float64)
+    first, others = np.eye(1, len(stored))[0], np.vstack([-np.ones(len(stored) - 1), np.eye(len(stored) - 1)])
+    free = np.linalg.lstsq(others.T @ gram @ others, others.T @ (product - gram @ first), rcond=None)[0]
+    shares = np.asarray(first + others @ free, dtype=np.float64)
     norm = float(wanted @ wanted)
     left = norm - 2 * float(shares @ product) + float(shares @ gram @ shares)
     return shares, math.sqrt(max(0.0, left) / norm)

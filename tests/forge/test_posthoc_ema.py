@@ -90,6 +90,14 @@ def test_a_stored_profile_is_found_again():
     assert shares == pytest.approx([0, 0, 1, 0], abs=1e-5)
 
 
+def test_shares_sum_to_one_so_that_weights_that_stand_still_are_kept():
+    """With few snapshots the profile of a wide average is missed by a tenth, its sum not at all."""
+    stored = [power_profile(gamma_of(width), at) for at in (50, 100) for width in (0.02, 0.1)]
+    shares, error = combine(stored, power_profile(0.0, 100))
+    assert error > 0.1
+    assert shares.sum() == pytest.approx(1, abs=1e-12)
+
+
 def test_long_runs_are_compared_in_parts(monkeypatch):
     stored = [power_profile(gamma_of(width), at) for at in (50, 100) for width in (0.05, 0.1)]
     wanted = power_profile(gamma_of(0.08), 100)
