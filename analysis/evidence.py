@@ -1,7 +1,7 @@
 """Which campaign speaks for a claim: the rule by which committed evidence reaches THEORY.md.
 
-Serves every section of THEORY.md. Smoke runs, other versions and campaigns with settings of one's own never speak for
-a claim there; they have their place in the tables of ``analysis.tables``.
+Serves every section of THEORY.md. Smoke runs, other versions and campaigns with settings or seeds of one's own never
+speak for a claim there; they have their place in the tables of ``analysis.tables``.
 """
 
 from __future__ import annotations
@@ -54,17 +54,21 @@ def default_plan(experiment: Experiment, scale: str) -> list[TrialSpec]:
 
 
 def is_default(experiment: Experiment, campaign: Campaign) -> bool:
-    """Whether a campaign ran the experiment's current version with the settings that its scale declares."""
+    """Whether a campaign planned the trials that its scale declares in the experiment's current version, all of them
+    and no others.
+
+    The number of seeds is no setting, so a campaign of fewer or more has the same id. It is another design: whoever
+    adds seeds until the verdict comes is wrong more often than alpha says. More seeds are a new version.
+    """
     if (campaign.experiment, campaign.version) != (experiment.name, experiment.version):
         return False
-    plan = default_plan(experiment, campaign.scale)
-    return bool(plan) and plan[0].campaign_id == campaign.campaign_id
+    return campaign.planned == {spec.trial_id for spec in default_plan(experiment, campaign.scale)}
 
 
 def find(experiment: Experiment, campaigns: Iterable[Campaign]) -> list[Finding]:
     """One finding per claim, in the order of declaration.
 
-    Of the evidence campaigns of the current version with default settings, the highest scale at which the claim was
+    Of the evidence campaigns of the current version with the declared plan, the highest scale at which the claim was
     measured speaks for it.
     """
     speaking = [campaign for campaign in in_order(campaigns) if is_default(experiment, campaign)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ GAIN = {"constant": 0.02, "cosine": 0.002}
 DOCUMENTS = ("Loomings", "The Carpet-Bag", "The Spouter-Inn")
 
 
-def plan(scale: str, **changes: Any) -> list[TrialSpec]:
-    """The default plan of a scale, or one with changed settings (``learning_rate=1e-3``)."""
-    specs = EXPERIMENT.trials(EXPERIMENT.scales[scale], scale)
+def plan(scale: str, seeds: int | None = None, **changes: Any) -> list[TrialSpec]:
+    """The default plan of a scale, or one with another number of seeds or changed settings (``learning_rate=1e-3``)."""
+    settings = EXPERIMENT.scales[scale]
+    specs = EXPERIMENT.trials(settings if seeds is None else replace(settings, seeds=seeds), scale)
     return [spec.model_copy(update={"settings": {**spec.settings, **changes}}) for spec in specs]
 
 
@@ -31,6 +33,7 @@ def write_campaign(
     scale: str = "cpu",
     *,
     gain: Mapping[str, float] = GAIN,
+    seeds: int | None = None,
     drop: int = 0,
     claims: Mapping[str, str] | None = None,
     **changes: Any,
@@ -42,11 +45,12 @@ def write_campaign(
         make_record: the fixture.
         scale: scale whose default plan is followed.
         gain: relative reduction of the loss at the best horizon, by schedule.
+        seeds: number of seeds; that of the scale by default.
         drop: number of planned trials, from the end, that are left without a record.
         claims: digests in the records; today's by default.
         changes: settings that differ from the defaults.
     """
-    specs = plan(scale, **changes)
+    specs = plan(scale, seeds, **changes)
     digests = {claim.id: claim.digest for claim in EXPERIMENT.claims} if claims is None else claims
     records = []
     for spec in specs[: len(specs) - drop]:

@@ -158,6 +158,17 @@ def test_campaign_with_settings_of_ones_own_never_feeds_a_verdict(document: Path
     assert "- [x] GPT-2 fine-tuning" in document.read_text(encoding="utf-8"), "yet its list entry is ticked"
 
 
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_campaign_of_fewer_or_more_seeds_never_feeds(document: Path, make_record: Any, seeds: int) -> None:
+    """Its settings, and so its campaign id, are those of the scale; its design is not."""
+    before = document.read_bytes()
+    assert EXPERIMENT.scales["laptop"].seeds == 3
+    records = write_campaign(document.parent / "results", make_record, "laptop", seeds=seeds)
+    assert records[0].spec.campaign_id == plan("laptop")[0].campaign_id
+    assert run(document) == 0
+    assert document.read_bytes() == before
+
+
 def test_another_version_never_feeds(document: Path, make_record: Any) -> None:
     before = document.read_bytes()
     for spec in plan("cpu"):
