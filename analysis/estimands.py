@@ -9,7 +9,7 @@ the seeds. Rates, proportions and exact quantities have the trial as their unit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -131,7 +131,10 @@ def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> p
         case ArgBestShift(metric, along, start, end):
             rows = _with_level(of_metric(rows, metric), along)
             early, late = of_arms(rows, {"start": start, "end": end}, partial(_log10_best, along=along))
-            _require_inside(early, late, float(np.log10(rows[along].max())), along)
+            grids = [np.log10(np.unique(select(rows, arm)[along])) for arm in (start, end)]
+            _require_below_the_upper_end(early, late, grids, along)
+            if not exact:
+                _require_above_the_lower_end(early, late, grids, along)
             return late - early
         case SpreadReduction(metric, treatment, control):
             rows = of_metric(rows, metric)
@@ -258,12 +261,29 @@ def _with_level(rows: pd.DataFrame, along: str) -> pd.DataFrame:
     return present
 
 
-def _require_inside(early: pd.Series[float], late: pd.Series[float], end_of_grid: float, along: str) -> None:
-    """A best level at the upper end of the grid in both conditions hides its shift; the lower end is no averaging."""
-    if ((early == end_of_grid) & (late == end_of_grid)).any():
+def _require_below_the_upper_end(
+    early: pd.Series[float], late: pd.Series[float], grids: Sequence[formulas.Array], along: str
+) -> None:
+    """Best levels at the upper ends of both conditions' grids (in log10) hide their shift, were it but in one seed."""
+    if ((early == grids[0][-1]) & (late == grids[1][-1])).any():
         raise CannotEstimate(
-            f"the best {along} must lie inside the grid in one condition at least, got its upper end, "
-            f"{10**end_of_grid:g}, in both: the shift is not seen; widen the grid"
+            f"the best {along} must lie inside the grid in one condition at least, got the upper ends, "
+            f"{10 ** grids[0][-1]:g} and {10 ** grids[1][-1]:g}, in both: the shift is not seen; widen the grid"
+        )
+
+
+def _require_above_the_lower_end(
+    early: pd.Series[float], late: pd.Series[float], grids: Sequence[formulas.Array], along: str
+) -> None:
+    """Best levels at the lower ends in every seed have no variance, however many seeds there are.
+
+    The lower end is often none of a thing (no averaging, no freezing), so that in some seeds it is a value like others.
+    """
+    if (early == grids[0][0]).all() and (late == grids[1][0]).all():
+        raise CannotEstimate(
+            f"the best {along} must lie above the lowest level in one condition and seed at least, got the lowest, "
+            f"{10 ** grids[0][0]:g} and {10 ** grids[1][0]:g}, in both conditions and all {len(early)} seeds: there is "
+            "no shift to estimate; that the lowest level is best is the finding"
         )
 
 

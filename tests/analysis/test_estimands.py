@@ -9,9 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis.estimands import selectors, successes
-from analysis.statistics import CannotEstimate, per_seed_values
 from experiments.harness.claims import (
-    ArgBestShift,
     Exact,
     ExactRatio,
     Interaction,
@@ -24,14 +22,10 @@ from experiments.harness.claims import (
     SelectedReduction,
     SpreadReduction,
 )
+from tests.analysis.tidy_rows import estimate, refusal, row
 
 EMA, RAW = {"arm": "ema"}, {"arm": "raw"}
 REDUCTION = RelativeReduction("eval_loss", treatment=EMA, control=RAW)
-
-
-def row(value, seed=0, step=100, metric="eval_loss", trial=None, **conditions):
-    trial_id = f"trial-{seed}" if trial is None else trial
-    return {"trial_id": trial_id, "seed": seed, "metric": metric, "value": value, "step": step, **conditions}
 
 
 def two_arms(treatment, control, **conditions):
@@ -40,16 +34,6 @@ def two_arms(treatment, control, **conditions):
         for arm, values in (("ema", treatment), ("raw", control))
         for seed, value in enumerate(values)
     ]
-
-
-def estimate(estimand, rows):
-    return per_seed_values(estimand, pd.DataFrame(rows)).to_dict()
-
-
-def refusal(estimand, rows):
-    with pytest.raises(CannotEstimate) as caught:
-        per_seed_values(estimand, pd.DataFrame(rows))
-    return str(caught.value)
 
 
 def test_relative_reduction_is_paired_and_read_at_the_last_step():
@@ -91,51 +75,6 @@ def test_regret_is_against_the_best_rival_of_each_seed():
     regret = Regret("eval_loss", choice={"decay": 0.999}, rivals=({"decay": 0.9}, {"decay": 0.99}))
     # seed 0: 2.2 / min(2.0, 2.5) - 1 = 0.1; seed 1: 1.5 / min(2.0, 1.6) - 1 = -0.0625
     assert estimate(regret, rows) == pytest.approx({0: 0.1, 1: -0.0625})
-
-
-SHIFT = ArgBestShift("eval_loss", along="horizon", start={"phase": "early"}, end={"phase": "late"})
-
-
-def grid(phase, values, levels=(1.0, 10.0, 100.0, 1000.0), seed=0):
-    """Rows at the last step, and at an earlier one that ranks the levels backwards."""
-    return [
-        row(measured, seed=seed, phase=phase, horizon=level, step=step)
-        for level, value in zip(levels, values, strict=True)
-        for step, measured in ((50, 100 - value), (100, value))
-    ]
-
-
-def test_arg_best_shift_interpolates_the_best_level():
-    # early: (x - 0.75)² at x = 0, 1, 2, 3 → minimum at x = 0.75 (grid point 1)
-    # late:  (x - 2.25)² at the same points → 2.25 (grid point 2); shift 1.5 decades
-    early = [(x - 0.75) ** 2 for x in range(4)]
-    late = [(x - 2.25) ** 2 for x in range(4)]
-    assert estimate(SHIFT, grid("early", early) + grid("late", late)) == pytest.approx({0: 1.5})
-
-
-def test_arg_best_shift_on_an_uneven_grid():
-    # levels 1, 10, 1000 → x = 0, 1, 3; (x - 1.25)² = 1.5625, 0.0625, 3.0625 → 1.25. Start at the edge: x = 0.
-    levels = (1.0, 10.0, 1000.0)
-    rows = grid("early", [1.0, 2.0, 3.0], levels) + grid("late", [1.5625, 0.0625, 3.0625], levels)
-    assert estimate(SHIFT, rows) == pytest.approx({0: 1.25})
-
-
-def test_arg_best_shift_keeps_the_grid_point_at_the_edges_and_on_a_plateau():
-    rows = [
-        *grid("early", [1.0, 2.0, 3.0, 4.0]),  # lower edge: x = 0
-        *grid("late", [4.0, 3.0, 2.0, 1.0]),  # upper edge: x = 3
-        *grid("early", [3.0, 1.0, 2.0, 1.5], seed=1),  # (0, 3), (1, 1), (2, 2): 1 + (2 - 1) / (2 · 3) = 7/6
-        *grid("late", [5.0, 5.0, 5.0, 5.0], seed=1),  # all equal: the first, x = 0
-        *grid("early", [1.0, 2.0, 3.0, 4.0], seed=2),
-        *grid("late", [3.0, 1.0, 1.0, 1.0], seed=2),  # the first of equals, (1, 1), between (0, 3) and (2, 1): 1.5
-    ]
-    assert estimate(SHIFT, rows) == pytest.approx({0: 3.0, 1: -7 / 6, 2: 1.5})
-
-
-def test_arg_best_shift_ignores_rows_without_a_level():
-    rows = grid("early", [1.0, 2.0, 3.0, 4.0]) + grid("late", [4.0, 3.0, 2.0, 1.0])
-    rows += [row(-5.0, phase="early", arm="raw"), row(-5.0, phase="late", arm="raw", horizon=None)]
-    assert estimate(SHIFT, rows) == pytest.approx({0: 3.0})
 
 
 SPREAD = SpreadReduction("eval_loss", treatment=EMA, control=RAW)
@@ -242,24 +181,6 @@ def test_a_spread_needs_the_same_steps_in_both_arms_and_all_seeds():
         [*curve("ema", even), *curve("raw", even), *curve("ema", even[:3], seed=1), *curve("raw", even[:3], seed=1)],
     )
     assert "treatment {arm=ema} lacks step 40 in seed 1" in message
-
-
-def test_the_levels_of_an_arg_best_shift():
-    rows = grid("early", [1.0, 2.0, 3.0, 4.0]) + grid("late", [4.0, 3.0, 2.0, 1.0])
-    unknown = ArgBestShift("eval_loss", along="horizn", start={"phase": "early"}, end={"phase": "late"})
-    assert "unknown column 'horizn'; did you mean horizon?" in refusal(unknown, rows)
-    single = grid("early", [1.0], levels=(10.0,)) + grid("late", [1.0], levels=(10.0,))
-    assert "at least 2 levels of horizon, got only 10 for start {phase=early}" in refusal(SHIFT, single)
-    negative = grid("early", [1.0, 2.0], levels=(0.0, 10.0)) + grid("late", [1.0, 2.0], levels=(0.0, 10.0))
-    assert "levels of horizon must be positive numbers, got 0.0, 10.0" in refusal(SHIFT, negative)
-    words = grid("early", [1.0, 2.0], levels=("long", "short")) + grid("late", [1.0, 2.0], levels=("long", "short"))
-    assert "levels of horizon must be positive numbers, got long, short" in refusal(SHIFT, words)
-    uneven = [
-        *rows,
-        *grid("early", [1.0, 2.0], levels=(1.0, 10.0), seed=1),
-        *grid("late", [4.0, 3.0, 2.0, 1.0], seed=1),
-    ]
-    assert "start {phase=early} lacks horizon 100, 1000 in seed 1" in refusal(SHIFT, uneven)
 
 
 def test_an_exact_ratio_needs_each_metric_once_per_trial():
@@ -472,16 +393,6 @@ def test_selectors_are_the_arms_of_an_estimand():
     assert selectors(Ratio("m", EMA, RAW)) == [EMA, RAW]
     assert selectors(Rate("m")) == selectors(Proportion("a", "b")) == [{}]
     assert selectors(Exact(SLOPE)) == [{"arm": "mean"}]
-
-
-def test_a_best_level_at_the_upper_end_in_both_conditions_is_refused():
-    """As where the longest average is best at every length: how much longer would be better still is not seen."""
-    rows = [
-        row(1 / horizon, horizon=horizon, phase=phase) for phase in ("early", "late") for horizon in (1.0, 10.0, 100.0)
-    ]
-    assert "must lie inside the grid in one condition at least, got its upper end, 100" in refusal(SHIFT, rows)
-    raw_is_best = [{**r, "value": r["horizon"]} for r in rows]
-    assert estimate(SHIFT, raw_is_best) == {0: 0.0}
 
 
 def test_many_rivals_read_together_give_what_they_give_one_by_one():
