@@ -114,15 +114,25 @@ def binomial_interval(successes: int, attempts: int, alpha: float) -> Estimate:
     return Estimate(successes / attempts, float(interval.low), float(interval.high), attempts, sd=None)
 
 
-def attempts_needed(share: float, region: Region, alpha: float) -> int | None:
+def attempts_needed(pilot: Estimate, region: Region, alpha: float) -> int | None:
     """The smallest number of attempts (at most 200) that would decide at an observed share of successes.
 
-    As ``seeds_needed``, it takes the observed share for the true one. None if 200 do not suffice.
+    As ``seeds_needed``, it takes the observed share for the true one. A share of fewer attempts is rounded to whole
+    successes and may seem to decide, so it counts only above the attempts of the pilot.
+
+    Args:
+        pilot: the share of successes so far, which decides nothing yet.
+        region: where the claim is true.
+        alpha: error rate of the two-sided interval.
+
+    Returns:
+        The total number of attempts, those already made included; None if 200 do not suffice.
     """
+    share = pilot.value
     edge = nearest_edge(region, share)
     if edge is None:
         return None
-    for attempts in range(1, MAX_SEEDS + 1):
+    for attempts in range(pilot.n + 1, MAX_SEEDS + 1):
         interval = binomial_interval(round(share * attempts), attempts, alpha)
         if interval.high < edge or interval.low > edge:
             return attempts

@@ -233,7 +233,7 @@ def _of_probability(estimand: Rate | Proportion, region: Region, estimate: Estim
     outcome, reason = _place(estimate, region)
     if outcome != "insufficient" or isinstance(estimand, Proportion):
         return _Finding(outcome, reason, estimate)
-    needed = attempts_needed(estimate.value, region, alpha)
+    needed = attempts_needed(estimate, region, alpha)
     hint = f"not decided by {MAX_SEEDS} trials" if needed is None else f"{needed} trials would decide"
     return _Finding(outcome, f"{reason}: {hint} at the observed rate", estimate, seeds_needed=needed)
 

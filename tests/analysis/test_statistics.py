@@ -211,7 +211,18 @@ def test_binomial_interval_by_hand():
 def test_attempts_needed_by_hand():
     # All succeed, edge 0.5: the lower limit 0.025^(1/n) exceeds 0.5 from n = 6 on (0.025^(1/5) = 0.478, 0.541).
     # None succeeds: the same from the other side.
-    assert attempts_needed(1.0, Region(low=0.5), 0.05) == 6
-    assert attempts_needed(0.0, Region(low=0.5), 0.05) == 6
-    assert attempts_needed(0.5, Region(low=0.5), 0.05) is None
-    assert attempts_needed(0.5, Region(), 0.05) is None
+    all_, none, half = (binomial_interval(successes, 2, 0.05) for successes in (2, 0, 1))
+    assert attempts_needed(all_, Region(low=0.5), 0.05) == 6
+    assert attempts_needed(none, Region(low=0.5), 0.05) == 6
+    assert attempts_needed(half, Region(low=0.5), 0.05) is None
+    assert attempts_needed(half, Region(), 0.05) is None
+
+
+def test_attempts_needed_exceed_those_that_did_not_decide():
+    # 10 of 20 against an edge of 0.2 at 0.05/13: undecided, though 10 of 19 (the rounding of 9.5) would decide.
+    alpha, region = 0.05 / 13, Region(high=0.2)
+    pilot, fewer = binomial_interval(10, 20, alpha), binomial_interval(10, 19, alpha)
+    assert pilot.low < 0.2 < fewer.low
+    needed = attempts_needed(pilot, region, alpha)
+    assert needed is not None and needed > 20
+    assert binomial_interval(round(needed / 2), needed, alpha).low > 0.2
