@@ -1,7 +1,8 @@
 """How numbers are written: the one place where results are rounded.
 
 Serves every table, figure and verdict block, so that the same number reads the same everywhere. Relative estimands
-are shown as percent; ratios, slopes and shifts of a logarithm as plain numbers.
+are shown as percent, shifts of a logarithm as the factors that they are; ratios, and slopes, which are exponents, as
+plain numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from experiments.harness.claims import (
 
 NO_BREAK_SPACE = "\u00a0"
 MINUS = "\u2212"
+TIMES = f"×{NO_BREAK_SPACE}"
 NOTHING = "—"
 ROUNDING = 1e-12
 """What is smaller is the rounding of the arithmetic, which differs between machines: shown as zero."""
@@ -62,6 +64,10 @@ class Style:
         """A share as percent: ``0.0123`` → ``1.23%``."""
         return self.number(100 * value, digits, signed) + self.percent
 
+    def factor(self, shift: float) -> str:
+        """A shift of a logarithm to base 10 as a factor: ``0.30103`` → ``× 2.00``."""
+        return TIMES + self.figure(10**shift, 2)
+
 
 ENGLISH = Style(decimal=".", percent="%", thousands=",")
 RUSSIAN = Style(decimal=",", percent=f"{NO_BREAK_SPACE}%", thousands=NO_BREAK_SPACE)
@@ -72,13 +78,20 @@ def is_relative(estimand: Estimand) -> bool:
     return not isinstance(bare(estimand), ExactRatio | Ratio | ArgBestShift | LogLogSlope)
 
 
+def is_shift(estimand: Estimand) -> bool:
+    """Whether an estimand is the log10 of a ratio, shown as the ratio."""
+    return isinstance(bare(estimand), ArgBestShift)
+
+
 def format_estimate(estimand: Estimand, value: float | None, style: Style, digits: int = 2) -> str:
     """An estimate in the unit of its estimand, with its sign where zero is the point of reference."""
     if value is None:
         return NOTHING
     if is_relative(estimand):
         return style.share(value, digits, signed=not isinstance(estimand, Rate | Proportion))
-    return style.figure(value, 3, signed=isinstance(bare(estimand), ArgBestShift | LogLogSlope))
+    if is_shift(estimand):
+        return style.factor(value)
+    return style.figure(value, 3, signed=isinstance(bare(estimand), LogLogSlope))
 
 
 def format_interval(estimand: Estimand, interval: tuple[float, float] | None, style: Style) -> str:
@@ -90,7 +103,7 @@ def format_interval(estimand: Estimand, interval: tuple[float, float] | None, st
 
 
 def format_region(estimand: Estimand, region: Region, style: Style) -> str:
-    """Where the claim is true: ``≥ 1 %``, ``≤ 2 %`` or ``[−0,1; 0,1]``."""
+    """Where the claim is true: ``≥ 1 %``, ``≥ × 3`` or ``[−0,1; 0,1]``."""
     low, high = (_bound(estimand, bound, style) for bound in (region.low, region.high))
     if math.isinf(region.low) and math.isinf(region.high):
         return "∈ ℝ"
@@ -116,12 +129,19 @@ def format_count(value: float, style: Style) -> str:
 
 
 def _bound(estimand: Estimand, bound: float, style: Style) -> str:
-    """A bound is a declared constant: shown as it was declared, without idle zeros."""
+    """A bound is a declared constant: shown with four significant digits, without idle zeros."""
     if math.isinf(bound):
         return style.number(bound, 0)
-    scaled = 100 * bound if is_relative(estimand) else bound
-    text = f"{abs(scaled):.10g}".replace(".", style.decimal)
-    return (MINUS if scaled < 0 else "") + text + (style.percent if is_relative(estimand) else "")
+    if is_shift(estimand):
+        return TIMES + _significant(10**bound, style)
+    if is_relative(estimand):
+        return _significant(100 * bound, style) + style.percent
+    return _significant(bound, style)
+
+
+def _significant(value: float, style: Style) -> str:
+    """``0.333333`` → ``0.3333``, ``3.0`` → ``3``, ``0.00001`` → ``1e-05``."""
+    return (MINUS if value < 0 else "") + f"{abs(value):.4g}".replace(".", style.decimal)
 
 
 def markdown_table(

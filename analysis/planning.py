@@ -15,7 +15,7 @@ from scipy import optimize, stats
 
 from analysis.estimands import per_seed_values, selectors
 from analysis.evidence import in_order, planned
-from analysis.formatting import ENGLISH, NOTHING, format_estimate, format_region, is_relative, markdown_table
+from analysis.formatting import ENGLISH, NOTHING, format_estimate, format_region, is_relative, is_shift, markdown_table
 from analysis.load import Campaign, agrees
 from analysis.rows import CannotEstimate
 from analysis.statistics import MAX_SEEDS, Estimate, bonferroni, mean_interval, nearest_edge
@@ -169,4 +169,6 @@ def _cells(plan: Plan) -> list[str]:
 def _distance(estimand: Estimand, value: float | None) -> str:
     if value is None:
         return NOTHING
+    if is_shift(estimand):
+        return ENGLISH.factor(value)
     return ENGLISH.share(value) if is_relative(estimand) else ENGLISH.figure(value, 3)

@@ -56,6 +56,8 @@ def test_the_plan_of_an_experiment_from_its_evidence(tmp_path, make_record):
     assert power(first.detectable, first.pilot.sd, 5, 0.05 / 18) == pytest.approx(0.8, abs=1e-6)
     text = summary(EXPERIMENT, plan("cpu"), campaigns)
     assert "| ema-0.999-lowers-loss-constant" in text and campaigns[0].campaign_id in text
+    (shift,) = [line for line in text.splitlines() if line.startswith("| ema-best-decay-grows-constant")]
+    assert shift.count("×") == 4, "bound, pilot, sd and detectable distance are factors"
 
 
 def test_a_claim_that_the_scale_does_not_measure_has_no_plan(tmp_path, make_record):

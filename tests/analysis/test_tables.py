@@ -171,7 +171,7 @@ def test_number_formats() -> None:
     assert format_estimate(reduction, 0.01234, RUSSIAN) == "+1,23\u00a0%"
     assert format_estimate(reduction, -0.00001, ENGLISH) == "0.00%"
     assert format_estimate(ExactRatio("a", "b"), 1.0, ENGLISH) == "1.000"
-    assert format_estimate(ArgBestShift("a", "b", {}, {}), 0.5, RUSSIAN) == "+0,500"
+    assert format_estimate(ArgBestShift("a", "b", {}, {}), 0.5, RUSSIAN) == "×\u00a03,16"
     assert format_region(reduction, Region(low=0.01), RUSSIAN) == "≥\u00a01\u00a0%"
     assert format_region(ExactRatio("a", "b"), Region(0.99, 1.01), RUSSIAN) == "[0,99; 1,01]"
     assert format_count(10_000, RUSSIAN) == "10\u00a0000"
