@@ -247,8 +247,9 @@ def _verdict_section(campaign: Campaign) -> Iterator[str]:
     levels = sorted({1 - v.simultaneous_alpha for v in verdicts if v.simultaneous_alpha is not None})
     each = " or ".join(ENGLISH.share(level) for level in levels) or "—"
     yield (
-        f"Intervals hold simultaneously over the claims (each at {each}); for an exact ratio, the range over trials. "
-        "p: sign-flip test of the nearest edge, not adjusted. n: seeds, or trials for an exact ratio."
+        f"Intervals hold simultaneously over the claims (each at {each}); for an exact value, the range over trials. "
+        "p: sign-flip test of the nearest edge, not adjusted. n: seeds; trials for an exact "
+        "value, attempts for a rate or a proportion."
     )
     if absent := [verdict.claim.id for verdict in verdicts if verdict not in measured]:
         yield f"{NOT_MEASURED.capitalize()}: {', '.join(absent)}."

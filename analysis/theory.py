@@ -46,9 +46,12 @@ OUTCOMES = {
 }
 HEADER = ("Статус", "Утверждение", "Условие", "Верно, если", "Оценка", "Интервал 95 %", "n", "Область")
 AS_ABOVE = "″"
+PRESENT = "есть"
+"""Of tests: that there are some. Whether they pass is not known here."""
 NOTE = (
     "Интервалы одновременные (95 % на все утверждения эксперимента вместе); у точных величин — размах по запускам. "
-    "n — число сидов (у точных величин — запусков)."
+    "n — число сидов; у точных величин — запусков, у частот и долей — попыток. «Хватило бы» — о плане новой версии "
+    "эксперимента: к готовой кампании сиды не добавляют."
 )
 
 
@@ -58,46 +61,50 @@ class Section:
 
     module: str
     theory: str
+    """What the theory rests on, in the words of the guide or by its sources; it is not checked here."""
     pending: str
     """What is still to be measured."""
     tests: str
     """The tests of its module, relative to the repository."""
     tested: str = ""
-    """What the tests show in the practice of the section, if they show something there."""
+    """What the tests are about in the practice of the section, if the guide names them there."""
 
 
 SECTIONS = {
-    "ema": Section("EMA", "✅ Доказано", "Собственные benchmarks на LLM fine-tuning", "tests/forge/test_ema.py"),
+    "ema": Section("EMA", "по гайду: доказано", "Собственные benchmarks на LLM fine-tuning", "tests/forge/test_ema.py"),
     "freezing": Section(
-        "Layer Freezing", "✅ Обосновано", "Benchmarks memory usage и quality", "tests/forge/test_freezing.py"
+        "Layer Freezing", "по гайду: обосновано", "Benchmarks memory usage и quality", "tests/forge/test_freezing.py"
     ),
     "presets": Section(
         "Training Presets",
-        "✅ Best practices",
+        "по гайду: best practices",
         "Сравнение presets на стандартных бенчмарках",
         "tests/forge/test_presets.py",
     ),
     "lecture": Section(
-        "Adapters (лекция)", "✅ Статьи", "Утверждения лекции об адаптерах", "tests/forge/adapters/test_houlsby.py"
+        "Adapters (лекция)", "статьи", "Утверждения лекции об адаптерах", "tests/forge/adapters/test_houlsby.py"
     ),
     "classic": Section(
-        "Classic fine-tuning", "✅ Практика", "Утверждения о классическом fine-tuning", "tests/forge/test_presets.py"
+        "Classic fine-tuning",
+        "по гайду: практика",
+        "Утверждения о классическом fine-tuning",
+        "tests/forge/test_presets.py",
     ),
     "quantization": Section(
         "Quantization",
-        "✅ Dettmers et al. 2023",
+        "Dettmers et al. 2023",
         "Ошибка весов, активаций и качества по форматам",
         "tests/experiments/test_quantization.py",
     ),
     "monitor": Section(
         "Training Monitor",
-        "✅ Стандартные метрики",
+        "по гайду: стандартные метрики",
         "Real-world monitoring во время обучения",
         "tests/forge/test_monitor.py",
         tested="Unit тесты на gradient detection",
     ),
     "memory": Section(
-        "Memory Estimation", "✅ Арифметика", "Предсказание рядом с измеренным пиком", "tests/forge/test_memory.py"
+        "Memory Estimation", "арифметика", "Предсказание рядом с измеренным пиком", "tests/forge/test_memory.py"
     ),
     "engine": Section(
         "Verdict engine", "—", "Частота ложных выводов там, где правда известна", "tests/analysis/test_verdicts.py"
@@ -170,7 +177,7 @@ def _section(section: Section, findings: Sequence[Finding], root: Path) -> str:
         return "\n\n".join([*map(_experiment, by_experiment), NOTE])
     rows = [[PENDING, section.pending]]
     if section.tested:
-        rows.insert(0, ["✅ **Проверено**" if (root / section.tests).exists() else PENDING, section.tested])
+        rows.insert(0, [_tests(section, root), section.tested])
     rows += [[PENDING, f"{_statement(f.claim)} ({_link(f.experiment)})"] for f in findings]
     return markdown_table(["Статус", "Описание"], rows, [False, False], padded=False)
 
@@ -297,7 +304,8 @@ def _sign(finding: Finding) -> str:
 
 
 def _tests(section: Section, root: Path) -> str:
-    return "✅ Работают" if (root / section.tests).exists() else "🔴 Предстоит"
+    """Whether there are tests; nothing but a run of them says whether they pass."""
+    return PRESENT if (root / section.tests).exists() else PENDING
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,6 +74,25 @@ def test_without_evidence_every_claim_is_pending(document: Path) -> None:
     assert "- [x]" not in document.read_text(encoding="utf-8")
 
 
+def test_what_was_not_run_here_has_no_tick(document: Path) -> None:
+    """A test file proves no more than that it is there, and a guide's word is the guide's."""
+    status = block(document, "status")
+    assert "✅" not in status
+    assert status.count("| есть") == len(theory.SECTIONS)
+    assert re.search(r"\| EMA +\| по гайду: доказано +\| 🔴 Предстоит +\| есть +\|", status)
+    assert "| есть | Unit тесты на gradient detection |" in block(document, "verdicts:monitor")
+
+
+def test_missing_tests_are_pending(tmp_path: Path) -> None:
+    assert theory.blocks([], [], tmp_path)["status"].count("🔴 **Предстоит**") == len(theory.SECTIONS)
+
+
+def test_the_note_says_what_n_counts(document: Path, make_record: Any) -> None:
+    write_campaign(document.parent / "results", make_record, "laptop")
+    run(document)
+    assert "n — число сидов; у точных величин — запусков, у частот и долей — попыток." in block(document)
+
+
 def test_hand_edited_status_fails_the_check(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = document.read_text(encoding="utf-8")
     start, end = theory.block_span(text, "verdicts:ema")
