@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 
 import pytest
 import torch
@@ -127,6 +129,16 @@ def test_claims_use_arms_and_metrics_of_the_design():
     for claim in EXPERIMENT.claims:
         named = {value for value in str(dataclasses.asdict(claim.estimand)).split("'") if "lower_" in value}
         assert named <= arms, claim.id
+
+
+def test_a_statement_of_at_least_says_what_its_region_says():
+    said = {}
+    for claim in EXPERIMENT.claims:
+        if words := re.search(r"не менее (\d+) %(.*)", claim.statement):
+            said[claim.id] = int(words[1]) / 100
+            assert (claim.region.low, claim.region.high) == (pytest.approx(said[claim.id]), math.inf), claim.id
+            assert "±" not in words[2], claim.id
+    assert len(said) == 6 and said["freeze-25-saves-peak-memory-language-modelling"] == 0.2
 
 
 def test_settings_hold_every_option_of_a_spec():
