@@ -7,10 +7,13 @@ fewer seeds than the calibration asks for (``MIN_SEEDS``), a claim is at most in
 The level. A verdict is false if it says confirmed where the truth lies outside the region, or refuted where it lies
 inside. Whichever side of an edge the truth is on, only one of the two can be false, and only one end of the two-sided
 ``1 − alpha`` interval can bring it about: so the nominal probability of a false verdict is at most ``alpha / 2``, and
-what is promised is ``alpha``. The other half is what deviations from normality may use up (``verdict_calibration``
-measures how much they do). An equivalence is the same rule with a region that has two edges. Two one-sided tests of
-size ``a`` confirm it where the ``1 − 2a`` interval lies inside (Schuirmann 1987): confirming by the ``1 − alpha``
-interval is that test at size ``alpha / 2``.
+what is promised is ``alpha``. The other half is what deviations from normality may use up. ``verdict_calibration``
+measures how much they do, for a single claim at level 0.05 only: the claims of an experiment are judged at
+``alpha / m``, farther out in the tail, where neither the level nor ``MIN_SEEDS`` has been checked.
+
+An equivalence is the same rule with a region that has two edges. Two one-sided tests of size ``a`` confirm it where the
+``1 − 2a`` interval lies inside (Schuirmann 1987): confirming by the ``1 − alpha`` interval is that test at size
+``alpha / 2``.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ MIN_SEEDS: dict[str, int | None] = {
 """Fewest seeds with which a mean over seeds is judged, by estimand; None where no number of seeds up to 20 is enough.
 
 The rule: the fewest n of ``verdict_calibration`` from which on no false-verdict rate is refuted as at most 0.05 under
-normal and discrete outcomes. A ratio of two spreads is skewed whatever the outcomes are: up to 20 seeds it fails.
+normal and discrete outcomes, where a single claim is judged at level 0.05. A ratio of two spreads is skewed whatever
+the outcomes are: up to 20 seeds it fails.
 """
 
 
