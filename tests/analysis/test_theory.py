@@ -115,6 +115,15 @@ def test_hand_ticked_experiment_fails_the_check(document: Path, capsys: pytest.C
     assert "tick differs" in capsys.readouterr().out
 
 
+def test_every_planned_experiment_names_the_command_that_ticks_it() -> None:
+    entries = [line for line in TEXT.splitlines() if line.startswith("- [")]
+    names = {experiment.name for experiment in load_experiments()}
+    assert len(entries) == 9
+    for entry in entries:
+        command = re.search(r"`python -m experiments\.run (\w+)", entry)
+        assert command and command[1] in names, entry
+
+
 def test_new_records_make_the_document_stale(document: Path, make_record: Any) -> None:
     assert run(document, "--check") == 0
     write_campaign(document.parent / "results", make_record, "laptop")
