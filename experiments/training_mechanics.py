@@ -104,7 +104,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 1 core, no download",
     "laptop": "planned for 17 core-min; not yet measured",
-    "cpu": "planned for 41 core-min and 7 GB a worker; not yet measured",
+    "cpu": "about 40 min on 2 cores with --workers 2 (beside other work), 7 GB a worker",
     "gpu": "planned for 30 min on one 80 GB GPU; not yet measured",
 }
 # cpu, core-s a trial (language model + classifier) in version 1: start 28 + 4, accumulation 101 + 13, operations 156,
