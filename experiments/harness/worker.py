@@ -24,6 +24,8 @@ from experiments.harness.record import Measurements, Status, TrialRecord, TrialS
 from experiments.harness.tracking import WandbMode, wandb_run
 
 PROGRESS_FILE = "progress.json"
+_FILE_ERRORS = ("(os error ", "inline_container.cc")
+"""What errors of a file say where they are no ``OSError``: those of safetensors, and of torch."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,12 @@ def run_worker(config: WorkerConfig) -> None:
     except UserError as error:  # wrong input that only a trial could notice is no outcome of the trial
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
-    except OSError as error:  # of a record or a checkpoint, such as a full disk: the trial has none and runs again
-        where = f": {error.filename}" if error.filename else ""
-        print(f"error: a file cannot be written ({error.strerror}{where}); make room and run it again", file=sys.stderr)
+    except OSError as error:  # nor is a full disk or a hub that does not answer: the trial has no record and runs again
+        what = " ".join(str(error).split())
+        print(
+            f"error: a file or the network failed ({what}); make room or mend the connection, and run it again",
+            file=sys.stderr,
+        )
         sys.exit(WRONG_INPUT)
 
 
@@ -143,9 +148,11 @@ def _run_and_record(
         status, error = _judge(measurements)
     except Preempted:
         return False
-    except UserError:
+    except (UserError, OSError):
         raise
-    except Exception as exception:  # noqa: BLE001  whatever a trial dies of becomes its record
+    except Exception as exception:  # whatever else a trial dies of becomes its record
+        if any(sign in str(exception) for sign in _FILE_ERRORS):
+            raise OSError(str(exception)) from exception
         measurements = Measurements()
         status, error = _failure(exception)
     record = TrialRecord(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+from safetensors import SafetensorError
+
 
 def observed(record):
     """What must not depend on interruptions: everything measured but clocks."""
@@ -161,8 +164,36 @@ def test_a_disk_that_fills_up_leaves_no_record_and_the_trial_is_run_again(
 
     monkeypatch.setattr(experiments.harness.record.os, "fsync", full)
     assert inline_cli(*small) == 2
-    assert "error: a file cannot be written (No space left on device); make room" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: a file or the network failed ([Errno 28] No space left on device); make room" in said
     assert not [p for p in (tmp_path / "results").rglob("*") if p.is_file()]
     monkeypatch.setattr(experiments.harness.record.os, "fsync", real)
+    assert inline_cli(*small) == 0
+    assert len(read_all(tmp_path / "results")) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (OSError(28, "No space left on device", "checkpoint-2"), "[Errno 28] No space left on device: 'checkpoint-2'"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "I/O error: File too large (os error 27)"),
+        (RuntimeError("[enforce fail at inline_container.cc:672]"), "[enforce fail at inline_container.cc:672]"),
+        (OSError("We couldn't connect to the hub.\nCheck it."), "We couldn't connect to the hub. Check it."),
+    ],
+)
+def test_what_a_disk_or_the_hub_did_to_a_trial_is_no_record_of_it(
+    inline_cli, small, monkeypatch, tmp_path, read_all, capsys, error, what
+):
+    import experiments.harness.evaluation
+
+    def fail(*_arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments.harness.evaluation, "held_out_loss", fail)
+        assert inline_cli(*small) == 2
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert f"a file or the network failed ({what}" in said and "run it again" in said
+    assert not [p for p in (tmp_path / "results").rglob("*") if p.is_file()]
     assert inline_cli(*small) == 0
     assert len(read_all(tmp_path / "results")) == 2
