@@ -169,7 +169,6 @@ def measure_tuned(into: Measurements, subject: Subject, space: Space, seed: int,
         into.seconds[part] += sum(each.figures[f"{part}_sec"] for each in runs)
     into.checks += ManipulationCheck.each(
         tuning_steps=(run.tuning_runs * run.steps, round(sum(each.figures["steps"] for each in runs))),
-        seed_is_fresh=(True, seed < FIRST_TUNING_SEED),
     )
     per_step = run.batch_size * subject.ingredients.train.tokens / len(subject.ingredients.train)
     into.tokens += round((space.runs + 1) * run.steps * per_step)
