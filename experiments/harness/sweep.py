@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 IMPORTANCE = Metric("importance", "1", "none")
 """Share of an option in what tells the best runs of a study from the others."""
+RATE_DISTANCE = Metric("learning_rate_distance", "decades", "none")
+"""Of a learning rate from the preset's own, upwards or downwards: of the ``chosen`` one, and of the ``threefold`` one,
+with which it can be compared."""
 PRUNED_RUNS = Metric("pruned_runs", "1", "none")
 STEPS_SPENT = Metric("steps_spent", "1", "minimize")
 """Optimizer steps of a study."""

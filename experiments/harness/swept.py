@@ -29,6 +29,7 @@ from experiments.harness.record import EVAL_LOSS, ManipulationCheck, Measurement
 from experiments.harness.sweep import (
     IMPORTANCE,
     PRUNED_RUNS,
+    RATE_DISTANCE,
     STEPS_SPENT,
     Levels,
     Rates,
@@ -204,7 +205,9 @@ def _account(into: Measurements, figures: Mapping[str, float]) -> None:
 def _observe_study(
     into: Measurements, loss: Metric, runs: Sequence[SweepRun], best: SweepRun | None, space: Space
 ) -> None:
-    """Every run of the study with its setting, what pruning stopped and spent, and the importance of every option."""
+    """Every run of the study with its setting, what pruning stopped and spent, the importance of every option, and how
+    far the chosen learning rate is from the preset's own.
+    """
     steps = max(round(run.figures["planned_steps"]) for run in runs)
     for number, run in enumerate(runs):
         if math.isfinite(run.last_loss):
@@ -214,6 +217,11 @@ def _observe_study(
     rate = shares["learning_rate"]
     shares[RATE_AND_NEXT] = rate + max(share for option, share in shares.items() if option != "learning_rate")
     spent = {PRUNED_RUNS: float(sum(run.pruned for run in runs)), STEPS_SPENT: sum(r.figures["steps"] for r in runs)}
+    if best is not None:
+        own: Any = space.start["learning_rate"]
+        rates: dict[str, Any] = {"chosen": best.values["learning_rate"], "threefold": 3 * own}
+        far = {which: abs(math.log10(rate / own)) for which, rate in rates.items()}
+        into.observations += [Observation.of(RATE_DISTANCE, d, steps, arm="study", rate=w) for w, d in far.items()]
     into.observations += [
         *(Observation.of(IMPORTANCE, share, steps, arm="study", option=option) for option, share in shares.items()),
         *(Observation.of(metric, value, steps, arm="study") for metric, value in spent.items()),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
-from experiments.harness import classification
+from analysis.estimands import per_seed_values
+from experiments.harness import classification, swept
+from experiments.harness.classification import CLASSIFIER_LOSS
 from experiments.harness.data import Examples
 from experiments.harness.experiment import Preempted, UserError
 from experiments.harness.models import load_tokenizer
 from experiments.harness.record import Measurements
-from experiments.harness.sweep import Rates
+from experiments.harness.sweep import Rates, SweepRun
 from experiments.harness.swept import DEFAULTS, RATE_AND_NEXT, TUNED, measure_swept, prepared, space_of
 from experiments.harness.tuned import Subject
 from experiments.preset_vs_tuned import CLAIMS, LM, LOOKS, PRESETS, SCALES, SENTIMENT, Sentiment, trials
@@ -27,6 +31,7 @@ BERT = BertConfig(
     num_attention_heads=4,
 )  # fmt: skip
 RATES = Rates(1e-5, 3e-2)
+STEPS = {"steps": 6.0, "planned_steps": 6.0}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +125,9 @@ def test_a_preset_is_swept_and_judged(subject_of, tmp_path, name):
     (chosen,) = (o for o in study if o["chosen"])
     rates = {o["arm"]: o["value"] for o in rows if o["metric"] == "chosen_learning_rate"}
     assert rates == {DEFAULTS: get_preset(name).learning_rate, TUNED: chosen["learning_rate"]}
+    far = {o["rate"]: o["value"] for o in rows if o["metric"] == "learning_rate_distance"}
+    ratio = rates[TUNED] / rates[DEFAULTS]
+    assert far == {"chosen": abs(math.log10(ratio)), "threefold": pytest.approx(math.log10(3))}
     shares = {o["option"]: o["value"] for o in rows if o["metric"] == "importance"}
     both = shares.pop(RATE_AND_NEXT)
     assert shares.keys() == space.options.keys() and sum(shares.values()) == pytest.approx(1)
@@ -127,9 +135,23 @@ def test_a_preset_is_swept_and_judged(subject_of, tmp_path, name):
     assert both == pytest.approx(shares["learning_rate"] + max(others))
 
 
+@pytest.mark.parametrize(("factor", "inside"), [(1.5, True), (1 / 1.5, True), (9, False), (1 / 9, False)])
+def test_a_rate_is_standard_within_a_factor_on_both_sides(factor, inside):
+    own, claim = get_preset("sft").learning_rate, next(c for c in CLAIMS if c.id == "preset-sft-rate-is-standard")
+    space = space_of("sft", Rates(SCALES["cpu"].lowest_rate, SCALES["cpu"].highest_rate), 3, LOOKS)
+    runs = [SweepRun({**space.start, "learning_rate": own * f}, [1 / f] * 3, False, STEPS) for f in (0.5, 1)]
+    best = SweepRun({**space.start, "learning_rate": own * factor}, [0.1] * 3, False, STEPS)
+    assert space.options["learning_rate"].low <= own * factor <= space.options["learning_rate"].high
+    into = Measurements()
+    swept._observe_study(into, CLASSIFIER_LOSS, [*runs, best], best, space)
+    rows = pd.DataFrame([{"seed": 0, **claim.estimand.where, **o.model_dump()} for o in into.observations])
+    (value,) = per_seed_values(claim.estimand, rows)
+    assert value == pytest.approx(abs(math.log(factor, 3)))
+    assert (claim.region.low <= value <= claim.region.high) == inside
+
+
 def test_the_checks_notice_another_recipe(subject_of, tmp_path, monkeypatch):
     """Defaults that are not those of the preset, as a change in how arguments are handed over would make them."""
-    from experiments.harness import swept
 
     def other(subject, values, seed, work_dir):
         return prepared(subject, {**values, "warmup_steps": 0.3}, seed, work_dir)
