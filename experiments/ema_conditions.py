@@ -121,7 +121,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
     "laptop": "about 12 min on 2 cores",
-    "cpu": "about 1 h on 2 cores with --workers 2",
+    "cpu": "about 1 h 45 min on 2 cores with --workers 2",
     "gpu": "planned for 30 min on one 80 GB GPU with --workers 4; not yet measured",
 }
 

@@ -178,7 +178,7 @@ SCALES = {
 COST = {
     "smoke": "about 1 min on 2 cores, no download",
     "laptop": "about 30 min on 2 cores with --workers 2",
-    "cpu": "about 2 h on 2 cores with --workers 2",
+    "cpu": "about 2 h 10 min on 2 cores with --workers 2",
     "gpu": "planned for 1 h on one 80 GB GPU; not yet measured",
 }
 

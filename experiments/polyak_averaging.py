@@ -90,7 +90,7 @@ SCALES = {
 COST = {
     "smoke": "under 10 s on 2 cores",
     "laptop": "about 2 min on 2 cores",
-    "cpu": "about 25 min on 2 cores with --workers 2",
+    "cpu": "about 1 h 10 min on 2 cores with --workers 2",
     "paper": "planned for a day on 2 cores; not yet measured",
 }
 

@@ -146,7 +146,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
     "laptop": "about 4 min on 2 cores",
-    "cpu": "about 10 min on 2 cores with --workers 2",
+    "cpu": "about 15 min on 2 cores with --workers 2",
     "gpu": "planned for 30 min on one 80 GB GPU; not yet measured",
     "paper": "planned for a day on one 80 GB GPU; not yet measured",
 }

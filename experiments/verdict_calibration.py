@@ -90,7 +90,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 1 core",
     "laptop": "about 1 min on 1 core",
-    "cpu": "about 2 min on 1 core",
+    "cpu": "about 4 min on 1 core",
 }
 
 
