@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,9 +161,9 @@ def step_times(
 ) -> dict[str, float]:
     """Median seconds of a training step of every arm, all arms on one model in turn.
 
-    Each round runs every arm once, on the same batch, in rotating order, so that a slow minute of the machine hits all
-    of them. A step is forward pass, backward pass, AdamW (fused, as the harness trains) and zeroing; parameters that an
-    arm freezes have no gradient, and the optimizer passes them over. The first round is not counted.
+    Each round runs every arm once, on the same batch, see ``times_in_turn``. A step is forward pass, backward pass,
+    AdamW (fused, as the harness trains) and zeroing; parameters that an arm freezes have no gradient, and the optimizer
+    passes them over. The first round is not counted.
 
     Args:
         model: on the device of the run.
@@ -175,26 +176,53 @@ def step_times(
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, fused=True)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for index, batch in enumerate(batches):
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            with arms[name]():
-                _synchronize(device)
-                began = time.perf_counter()
-                with autocast():
-                    loss = model(**inputs).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                _synchronize(device)
-            if index:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+
+    def step(inputs: Mapping[str, torch.Tensor]) -> None:
+        with autocast():
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def piece(arm: str, turn: int) -> float:
+        inputs = {name: tensor.to(device) for name, tensor in batches[turn].items()}
+        with arms[arm]():
+            return timed(partial(step, inputs))
+
+    return times_in_turn(arms, len(batches) - 1, piece)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def times_in_turn(
+    names: Iterable[str], rounds: int, piece: Callable[[str, int], float], uncounted: int = 1
+) -> dict[str, float]:
+    """Median seconds of pieces of work; every round does each once, in rotating order, so that a slow minute of the
+    machine hits all of them.
+
+    Args:
+        names: of the pieces.
+        rounds: that count.
+        piece: does one in a round (of all, from 0), and returns the seconds that it took, see ``timed``.
+        uncounted: rounds before those.
+    """
+    names = list(names)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(uncounted + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(piece(name, turn))
+    return {name: statistics.median(values[uncounted:]) for name, values in seconds.items()}
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of a piece of work, to the end of what it started on a GPU."""
+    synchronize()
+    began = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def synchronize() -> None:
+    """Wait for a GPU, so that a clock can be read."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.harness.cost import timed, times_in_turn
 from experiments.harness.experiment import TrialContext, UserError
-from experiments.harness.mechanics import observe_difference, times_in_turn
+from experiments.harness.mechanics import observe_difference
 from experiments.harness.record import ManipulationCheck, Measurements, Metric, Observation, TrialSpec
 from experiments.harness.tasks import Run
 
@@ -127,7 +128,13 @@ def _observe_at(into: Measurements, model: Any, ids: Tensor, rounds: int) -> Non
     _forget_new(cache, context - 1)
     observe_difference(into, cached, next_logits(model, ids), arm=CACHED, context=context)
     work = {CACHED: partial(next_logits, model, ids, cache), UNCACHED: partial(next_logits, model, ids)}
-    seconds = times_in_turn(work, rounds, reset=partial(_forget_new, cache, context - 1))
+
+    def piece(arm: str, _: int) -> float:
+        seconds = timed(work[arm])
+        _forget_new(cache, context - 1)
+        return seconds
+
+    seconds = times_in_turn(work, rounds, piece)
     for arm, value in seconds.items():
         into.observations.append(Observation.of(DECODING_TIME, value, 0, arm=arm, context=context))
 

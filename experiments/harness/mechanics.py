@@ -6,9 +6,7 @@ their ratio. Logits are compared in eval mode and in fp32.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.harness.classification import ClassificationRun
-from experiments.harness.cost import stop_between_parts
+from experiments.harness.cost import stop_between_parts, timed, times_in_turn
 from experiments.harness.experiment import TrialContext
 from experiments.harness.methods import METHODS, build, expected_trainable, preset_of
 from experiments.harness.record import ManipulationCheck, Measurements, Metric, Observation, Scalar, TrialSpec
@@ -123,38 +121,7 @@ def merged_logits(model: Any, weights: str, batch: Batch) -> tuple[Tensor, Tenso
 
 def forward_times(models: Mapping[str, nn.Module], batch: Batch, rounds: int) -> dict[str, float]:
     """Median seconds of a forward pass of every model, in turn, the order rotating; one round is not counted."""
-    return times_in_turn({name: partial(logits_of, model, batch) for name, model in models.items()}, rounds)
-
-
-def times_in_turn(
-    work: Mapping[str, Callable[[], object]], rounds: int, reset: Callable[[], object] = lambda: None
-) -> dict[str, float]:
-    """Median seconds of each piece of work; every round does each once, in rotating order, after one not counted.
-
-    Args:
-        work: what is timed, by name.
-        rounds: that count.
-        reset: called after each piece, not timed.
-    """
-    names = list(work)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds + 1):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            synchronize()
-            began = time.perf_counter()
-            work[name]()
-            synchronize()
-            if index:
-                seconds[name].append(time.perf_counter() - began)
-            reset()
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def synchronize() -> None:
-    """Wait for a GPU, so that a clock can be read."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return times_in_turn(models, rounds, lambda name, _: timed(partial(logits_of, models[name], batch)))
 
 
 def full_batch(run: Run, ingredients: Any, seed: int, count: int | None = None) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.harness.cost import MEASURED_STEP, observe_memory, step_times, stop_between_parts
+from experiments.harness.cost import MEASURED_STEP, observe_memory, step_times, stop_between_parts, times_in_turn
 from experiments.harness.experiment import TrialContext
 from experiments.harness.methods import METHODS, build, preset_of
 from experiments.harness.record import STEP_TIME, TOKENS_PER_SECOND, Measurements, Observation
@@ -78,16 +77,13 @@ def _observe_times(
     """
     rows = [ingredients.train[i] for i in range(run.batch_size)]
     batch = dict(fixed_length_collator(run, ingredients)(rows))
-    names, tokens = list(models), run.batch_size * run.sequence_length
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            precision = METHODS[name].recipe.get("precision", run.precision)
-            once = step_times(models[name], [batch] * 2, {name: nullcontext}, run.learning_rate, autocast(precision))
-            seconds[name].append(once[name])
-    into.tokens += 2 * tokens * rounds * len(names)
-    for name, values in seconds.items():
-        value = statistics.median(values)
+    tokens = run.batch_size * run.sequence_length
+
+    def piece(name: str, _: int) -> float:
+        precision = METHODS[name].recipe.get("precision", run.precision)
+        return step_times(models[name], [batch] * 2, {name: nullcontext}, run.learning_rate, autocast(precision))[name]
+
+    into.tokens += 2 * tokens * rounds * len(models)
+    for name, value in times_in_turn(models, rounds, piece, uncounted=0).items():
         into.observations.append(Observation.of(STEP_TIME, value, rounds, method=name))
         into.observations.append(Observation.of(TOKENS_PER_SECOND, tokens / value, rounds, method=name))

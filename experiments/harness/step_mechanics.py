@@ -21,9 +21,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 from transformers.trainer_callback import TrainerCallback
 
 from experiments.harness.classification import ClassificationRun
-from experiments.harness.cost import observe_memory, observe_times, stop_between_parts
+from experiments.harness.cost import observe_memory, observe_times, stop_between_parts, synchronize
 from experiments.harness.experiment import TrialContext
-from experiments.harness.mechanics import Batch, full_batch, observe_difference, rows_of, synchronize
+from experiments.harness.mechanics import Batch, full_batch, observe_difference, rows_of
 from experiments.harness.record import (
     PEAK_MEMORY,
     STEP_TIME,
