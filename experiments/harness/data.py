@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from experiments.harness.experiment import UserError, unknown
 
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 EMBEDDED = {
     "moby_dick": ("chapter",),

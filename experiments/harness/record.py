@@ -131,7 +131,6 @@ class Measurements:
     memory_bytes: dict[str, int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the initial ``model`` weights and fingerprint of the ``data``."""
-    wandb_run_id: str | None = None
     diverged: str | None = None
     """Why the trial counts as diverged (a non-finite loss), or None."""
 

@@ -22,7 +22,7 @@ from experiments.harness.classification import (
     outcomes_on_test,
     prepare,
 )
-from experiments.harness.data import SPLITS, Document, encode, load_corpus, stratified
+from experiments.harness.data import Document, encode, load_corpus, stratified
 from experiments.harness.evaluation import HeldOutClasses, classification_metrics, held_out_classes
 from experiments.harness.experiment import UserError
 from experiments.harness.models import check_causal_lm, check_model, load_classifier, load_tokenizer, weights_sha256
@@ -68,7 +68,7 @@ def test_movie_sentiment_has_the_class_of_its_rating_and_no_text_twice():
 
 def test_splits_share_no_text():
     corpus = load_corpus("movie_sentiment", labelled=True)
-    texts = [d.text.strip() for split in SPLITS for d in corpus.split(split)]
+    texts = [d.text.strip() for split in ("train", "validation", "test") for d in corpus.split(split)]
     assert len(texts) == len(set(texts)) == len(corpus.documents)
 
 
