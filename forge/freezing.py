@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from numbers import Integral, Real
+from numbers import Real
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import ParallelMode, TrainingArguments
 
+from forge.checks import check_whole
 from forge.layers import Layer, find_layers
 from forge.memory.optimizers import embedding_parameters, optimizer_state_bytes
 
@@ -102,7 +103,7 @@ def freeze_layers(
     """
     layers = find_layers(model)
     chosen = _stacked(layers, stack)
-    _check_whole("count", count, 0, len(chosen))
+    check_whole("count", count, 0, at_most=len(chosen), hint="that is the number of layers")
     lower = chosen[:count]
     if count and not any(p.requires_grad for layer in layers for p in layer.module.parameters()):
         raise ValueError(
@@ -227,7 +228,7 @@ class GradualUnfreezing(TrainerCallback):
         layers_per_stage: int = 1,
     ) -> None:
         for name, value in {"top_layers": top_layers, "every": every, "layers_per_stage": layers_per_stage}.items():
-            _check_whole(name, value, 1)
+            check_whole(name, value)
         if unit not in ("epoch", "step"):
             raise ValueError(f"unit must be 'epoch' or 'step', got {unit!r}; a stage lasts `every` of them")
         self.top_layers = top_layers
@@ -429,10 +430,3 @@ def _check_parallel(args: TrainingArguments, model: nn.Module) -> None:
             "GradualUnfreezing under DDP needs ddp_find_unused_parameters=True, got False (the Trainer's default with "
             "activation checkpointing); set it"
         )
-
-
-def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= (most or int(value)):
-        return
-    limit = f"of at least {least}" if most is None else f"from {least} to {most}, the number of layers"
-    raise ValueError(f"{name} must be a whole number {limit}, got {value!r}")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from forge.adapters.placement import find_sublayer_outputs, linear_shape
-from forge.adapters.tuner import LinearTuner, add_adapter, cast, check_number, check_whole, register
+from forge.adapters.tuner import LinearTuner, add_adapter, cast, check_number, register
+from forge.checks import check_whole
 from forge.layers import find_layers
 
 HOULSBY = "HOULSBY"

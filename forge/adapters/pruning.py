@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from forge.adapters.tuner import active_adapter, check_whole, tuner_layers
+from forge.adapters.tuner import active_adapter, tuner_layers
 from forge.adapters.weight_lora import WEIGHT_LORA, WeightLoraLinear
+from forge.checks import check_whole
 
 
 def product_norm(b: Tensor, a: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from difflib import get_close_matches
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -111,12 +110,6 @@ def shape_error(name: str, found: tuple[int, ...], expected: tuple[int, ...]) ->
         f"the adapter's state must have the shapes of the model, got {list(found)} for {name}, which is "
         f"{list(expected)} here; load it onto the base model and the config that it was trained with"
     )
-
-
-def check_whole(name: str, value: object, at_least: int = 1) -> None:
-    """Raise ValueError unless ``value`` is a whole number (no bool) of at least ``at_least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
 
 
 def check_number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forge.adapters.placement import linear_shape
-from forge.adapters.tuner import LinearTuner, add_adapter, cast, check_number, check_whole, is_quantised, register
+from forge.adapters.tuner import LinearTuner, add_adapter, cast, check_number, is_quantised, register
+from forge.checks import check_whole
 
 WEIGHT_LORA = "WEIGHT_LORA"
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from forge.checks import check_whole
 
 _BLOCK = 1 << 12
 """Elements averaged under every decay before the next are read: 16 KiB of fp32, which stay in a core's first cache."""
@@ -36,7 +38,7 @@ def compute_optimal_decay(total_steps: int) -> float:
     Raises:
         ValueError: if ``total_steps`` is not a positive whole number.
     """
-    _check_whole("total_steps", total_steps, at_least=1)
+    check_whole("total_steps", total_steps)
     return float(0.5 ** (1 / (0.1 * total_steps)))
 
 
@@ -90,8 +92,8 @@ class EMAModel:
         device: torch.device | str | None = None,
     ) -> None:
         self.decays = validated_decays(decay)
-        _check_whole("update_every", update_every, at_least=1)
-        _check_whole("update_after_step", update_after_step, at_least=0)
+        check_whole("update_every", update_every)
+        check_whole("update_after_step", update_after_step, at_least=0)
         self.bias_correction = bias_correction
         self.update_every = update_every
         self.update_after_step = update_after_step
@@ -303,11 +305,6 @@ def load_ema_file(path: Path) -> dict[str, Any]:
             label, name = key.split("/", 1)
             state["averages"][label][name] = file.get_tensor(key)
     return state
-
-
-def _check_whole(name: str, value: object, at_least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < at_least:
-        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
 
 
 def validated_decays(decay: float | Sequence[float]) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import nn
 
+from forge.checks import check_whole
 from forge.memory.activations import activation_bytes
 from forge.memory.optimizers import embedding_parameters, optimizer_state_bytes
 from forge.memory.storage import buffer_bytes, parameter_storage
@@ -78,10 +79,7 @@ def estimate_model_memory(
 def check_sizes(config: object, batch_size: int, sequence_length: int) -> None:
     """Refuse (ValueError) a size below 1; warn of a sequence longer than the config's positions."""
     for name, value in {"batch_size": batch_size, "sequence_length": sequence_length}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"{name} must be an integer of at least 1, got {value!r}; give what one device gets at once"
-            )
+        check_whole(name, value, hint="give what one device gets at once")
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and sequence_length > longest:
         warnings.warn(

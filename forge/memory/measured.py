@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from forge.checks import check_whole
 from forge.memory.storage import buffer_bytes, parameter_storage
 
 
@@ -68,8 +69,7 @@ class MeasureMemory(TrainerCallback):
     """
 
     def __init__(self, step: int = 2) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-            raise ValueError(f"step must be a whole number of at least 1, got {step!r}; 2 is the first usual step")
+        check_whole("step", step, hint="2 is the first usual step")
         self.step = step
         self.measured: MeasuredMemory | None = None
         """The result, once the step is done."""

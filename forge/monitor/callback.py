@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from forge.checks import check_whole
 from forge.monitor.gradients import (
     GradientFinding,
     GradientReport,
@@ -112,10 +113,7 @@ class MonitorCallback(TrainerCallback):
         check_thresholds(vanishing_below, exploding_above)
         _check_options(check_gradients, check_loss, on_unhealthy, spike_deviations)
         for name, value in {"every": every, "history": history}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{name} must be an integer of at least 1, got {value!r}; the default is fine for most"
-                )
+            check_whole(name, value, hint="the default is fine for most")
         self._check_gradients, self._check_loss = check_gradients, check_loss
         self._every, self._on_unhealthy = every, on_unhealthy
         self._thresholds = {"vanishing_below": vanishing_below, "exploding_above": exploding_above}

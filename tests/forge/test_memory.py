@@ -356,8 +356,8 @@ def albert() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "options", "error", "message"),
     [
-        (llama, {"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
-        (llama, {"sequence_length": True}, ValueError, "sequence_length must be an integer of at least 1, got True"),
+        (llama, {"batch_size": 0}, ValueError, "batch_size must be a whole number of at least 1, got 0"),
+        (llama, {"sequence_length": True}, ValueError, "sequence_length must be a whole number of at least 1, got"),
         (llama, {"optimizer": "adamw_tourch"}, ValueError, "got 'adamw_tourch'; did you mean adamw_torch"),
         (llama, {"optimizer": "lomo"}, ValueError, "got 'lomo'; known are adamw_torch"),
         (llama, {"autocast_dtype": torch.float32}, ValueError, "torch.bfloat16, torch.float16 or None"),

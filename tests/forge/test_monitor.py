@@ -234,8 +234,8 @@ def test_under_a_loss_scaler_norms_are_unscaled_and_overflow_is_left_to_it(tmp_p
     ("options", "error", "message"),
     [
         ({"on_unhealthy": "ignore"}, ValueError, "on_unhealthy must be one of warn, skip, stop, got 'ignore'"),
-        ({"every": 0}, ValueError, "every must be an integer of at least 1, got 0"),
-        ({"history": True}, ValueError, "history must be an integer of at least 1, got True"),
+        ({"every": 0}, ValueError, "every must be a whole number of at least 1, got 0"),
+        ({"history": True}, ValueError, "history must be a whole number of at least 1, got True"),
         ({"check_gradients": 1}, TypeError, "check_gradients must be True or False, got 1"),
         ({"check_gradients": False, "check_loss": False}, ValueError, "leave the callback out"),
         ({"exploding_above": -1.0}, ValueError, "0 < vanishing_below < exploding_above"),

@@ -161,7 +161,7 @@ def test_a_model_that_was_trained_before(tmp_path: Path) -> None:
         ("llama", {}, TypeError, "or a PreTrainedConfig, got str; load it with transformers"),
         (nn.Linear(2, 2), {}, TypeError, r"must be a PreTrainedModel .* got Linear"),
         (BertModel(bert_config()), {}, ValueError, "must end in a head .* got BertModel"),
-        (llama_config(), {"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
+        (llama_config(), {"batch_size": 0}, ValueError, "batch_size must be a whole number of at least 1, got 0"),
         (llama_config(), {"sequence_length": True}, ValueError, "sequence_length must be .* got True"),
         (llama_config(), {"optimizer": "adamw_tourch"}, ValueError, "got 'adamw_tourch'; did you mean adamw_torch"),
         (llama_config(), {"target": "gpu"}, ValueError, "target must be one of cpu, cuda, got 'gpu'"),
