@@ -24,7 +24,7 @@ $(EXPERIMENTS): $(READY)
 	$(PY) -m experiments.run $@ $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .
