@@ -95,7 +95,7 @@ class Campaign:
 
         ``smollm2-135m · moby_dick · CPU ×2 · cpu · seeds 0–4``. Model and data are left out where neither settings nor
         factors name them. A factor may choose between groups of settings, as ``track`` does in ``ema_ablation``: then
-        the chosen group names them. The seeds are those of the trials that succeeded.
+        the chosen group names them, or the only one there is. The seeds are those of the trials that succeeded.
         """
         chosen = self._agreeing(where)
         named = [_levels(chosen, key) for key in ("world", "model", "dataset")]
@@ -172,12 +172,18 @@ def _levels(records: Iterable[TrialRecord], key: str) -> str:
 
 
 def _setting(spec: TrialSpec, key: str) -> object:
-    """A setting of the group that a factor level chooses, else of the whole campaign, else a factor of that name."""
+    """A setting of the group that a factor level chooses, else of the whole campaign, else a factor of that name.
+
+    Where no factor chooses among groups, the only group that has it counts.
+    """
     for level in spec.factors.values():
         group = spec.settings.get(level) if isinstance(level, str) else None
         if isinstance(group, dict) and key in group:
             return group[key]
-    return spec.settings.get(key, spec.factors.get(key))
+    if key in spec.settings or key in spec.factors:
+        return spec.settings.get(key, spec.factors.get(key))
+    groups = [group for group in spec.settings.values() if isinstance(group, dict) and key in group]
+    return groups[0][key] if len(groups) == 1 else None
 
 
 def _hardware(records: Iterable[TrialRecord]) -> str:

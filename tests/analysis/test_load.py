@@ -128,6 +128,16 @@ def test_scope_is_exact_about_gaps_mixed_hardware_and_factors(make_record):
     assert campaign.scope == "small, tiny · state_of_the_union · CPU, NVIDIA H200 · cpu · seeds 0, 4"
 
 
+def test_scope_is_that_of_the_only_group_of_settings(make_record):
+    run = {"model": "smollm2-135m", "dataset": "moby_dick"}
+    assert (
+        campaign_of(make_record(settings={"cells": run}, hardware={})).scope
+        == "smollm2-135m · moby_dick · cpu · seed 0"
+    )
+    several = {"first": run, "second": {"model": "minilm-l6"}}
+    assert campaign_of(make_record(settings=several, hardware={})).scope == "moby_dick · cpu · seed 0"
+
+
 def test_scope_tolerates_missing_settings(make_record):
     assert campaign_of(make_record(settings={}, hardware={})).scope == "cpu · seed 0"
     assert campaign_of(make_record(settings={}, hardware={}, status="oom")).scope == "cpu"
