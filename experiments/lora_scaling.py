@@ -135,8 +135,8 @@ class Settings:
                 raise UserError(f"{name} must be positive and differ, got {' '.join(map(str, levels))}")
         if len(self.learning_rates) < 2:
             raise UserError(f"learning_rates must be at least 2, got {len(self.learning_rates)}")
-        if not self.rate_factor > 1.05:
-            raise UserError(f"rate_factor must be above 1.05, got {self.rate_factor}; rates have two digits")
+        if not self.rate_factor >= 1.2:
+            raise UserError(f"rate_factor must be at least 1.2, got {self.rate_factor}; rates have two digits")
         if self.most_rates < 3:
             raise UserError(f"most_rates must be at least 3 (a best rate and its neighbours), got {self.most_rates}")
         if LoraArm.rank in self.ranks:

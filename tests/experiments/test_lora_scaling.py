@@ -325,6 +325,11 @@ def test_a_search_goes_on_until_the_best_rate_is_enclosed(best):
     assert enclose(loss_at, 1e-3, 10**0.25, most=3) == [5.6e-4, 1e-3, 1.8e-3]
 
 
+def test_neighbours_in_the_finest_search_differ():
+    tried = enclose(lambda rate: -rate, 1e-3, 1.2, most=20)
+    assert len(set(tried)) == 20
+
+
 def test_a_search_goes_down_where_training_breaks():
     tried = enclose(lambda rate: abs(math.log10(rate / 1e-5)) if rate < 1e-4 else math.inf, 1e-3, 10.0, most=9)
     assert tried == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
@@ -429,7 +434,7 @@ def test_claims_name_arms_and_rates_of_the_design():
         ({"ranks": (1, 1)}, "ranks must be positive and differ, got 1 1"),
         ({"learning_rates": (0.0, 1e-3)}, r"learning_rates must be positive and differ, got 0\.0 0\.001"),
         ({"learning_rates": (1e-3,)}, "learning_rates must be at least 2, got 1"),
-        ({"rate_factor": 1.0}, r"rate_factor must be above 1\.05, got 1\.0"),
+        ({"rate_factor": 1.1}, r"rate_factor must be at least 1\.2, got 1\.1"),
         ({"most_rates": 2}, "most_rates must be at least 3 .*, got 2"),
         ({"batch_sizes": (8,)}, "batch_sizes must not hold the centre's 8"),
         ({"batch_sizes": (5,)}, "examples must be a multiple of every batch size, got 768 and 5"),
