@@ -224,7 +224,7 @@ SCALES = {
 COST = {
     "smoke": "about 1 min on 2 cores, no download",
     "laptop": "about 25 min on 2 cores with --workers 2",
-    "cpu": "about 1 h 35 min on 2 cores with --workers 2",
+    "cpu": "about 3.2 core-hours (--workers 2 on 2 cores: 1 h 35 min)",
     "gpu": "planned for 3 days on one 80 GB GPU; not yet measured",
     "paper": "planned for a day on one 80 GB GPU; not yet measured",
 }
