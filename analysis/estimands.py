@@ -34,6 +34,7 @@ from analysis.rows import (
 from analysis.slopes import log_log_slopes
 from experiments.harness.claims import (
     ArgBestShift,
+    Difference,
     Estimand,
     Exact,
     ExactRatio,
@@ -126,6 +127,9 @@ def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> p
             roles = {"numerator": numerator, "denominator": denominator}
             top, bottom = of_arms(of_metric(rows, metric), roles, last)
             return top / positive(bottom, f"{metric} of the denominator")
+        case Difference(metric, first, second):
+            more, less = of_arms(of_metric(rows, metric), {"first": first, "second": second}, last)
+            return more - less
         case Regret(metric, choice, rivals):
             return _regret(of_metric(rows, metric), metric, choice, rivals)
         case ArgBestShift(metric, along, start, end):

@@ -1,8 +1,8 @@
 """How numbers are written: the one place where results are rounded.
 
 Serves every table, figure and verdict block, so that the same number reads the same everywhere. Relative estimands
-are shown as percent, shifts of a logarithm as the factors that they are; ratios, and slopes, which are exponents, as
-plain numbers.
+are shown as percent, shifts of a logarithm as the factors that they are; ratios, differences, and slopes, which are
+exponents, as plain numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from experiments.harness.claims import (
     ArgBestShift,
+    Difference,
     Estimand,
     ExactRatio,
     LogLogSlope,
@@ -75,7 +76,7 @@ RUSSIAN = Style(decimal=",", percent=f"{NO_BREAK_SPACE}%", thousands=NO_BREAK_SP
 
 def is_relative(estimand: Estimand) -> bool:
     """Whether an estimand is a share, shown as percent."""
-    return not isinstance(bare(estimand), ExactRatio | Ratio | ArgBestShift | LogLogSlope)
+    return not isinstance(bare(estimand), ExactRatio | Ratio | Difference | ArgBestShift | LogLogSlope)
 
 
 def is_shift(estimand: Estimand) -> bool:
@@ -91,7 +92,7 @@ def format_estimate(estimand: Estimand, value: float | None, style: Style, digit
         return style.share(value, digits, signed=not isinstance(estimand, Rate | Proportion))
     if is_shift(estimand):
         return style.factor(value)
-    return style.figure(value, 3, signed=isinstance(bare(estimand), LogLogSlope))
+    return style.figure(value, 3, signed=isinstance(bare(estimand), Difference | LogLogSlope))
 
 
 def format_interval(estimand: Estimand, interval: tuple[float, float] | None, style: Style) -> str:

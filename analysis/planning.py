@@ -18,7 +18,7 @@ from analysis.evidence import in_order, planned
 from analysis.formatting import ENGLISH, NOTHING, format_estimate, format_region, is_relative, is_shift, markdown_table
 from analysis.load import Campaign, agrees
 from analysis.rows import CannotEstimate
-from analysis.statistics import MAX_SEEDS, Estimate, bonferroni, mean_interval, nearest_edge
+from analysis.statistics import MAX_SEEDS, Estimate, alpha_of_mean, mean_interval, nearest_edge
 from experiments.harness.claims import Claim, Estimand, Proportion, Rate, is_exact
 from experiments.harness.experiment import Experiment
 from experiments.harness.record import TrialSpec
@@ -101,7 +101,7 @@ def plans(
         elif not planned(claim, specs):
             without[claim.id] = "not measured at this scale"
         else:
-            plan = _plan(claim, specs, pilots, bonferroni(claim.alpha, m))
+            plan = _plan(claim, specs, pilots, alpha_of_mean(claim.alpha, m))
             if isinstance(plan, Plan):
                 found.append(plan)
             else:

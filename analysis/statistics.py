@@ -25,6 +25,7 @@ from experiments.harness.claims import Region
 __all__ = [
     "CannotEstimate",
     "Estimate",
+    "alpha_of_mean",
     "attempts_needed",
     "binomial_interval",
     "bonferroni",
@@ -41,6 +42,8 @@ __all__ = [
 
 MAX_SEEDS = 200
 MAX_EXACT_SIGN_FLIPS = 20
+RESERVE = 2
+"""A t-interval has this part of the alpha that is promised: the rest is for outcomes that are not normal."""
 ROUNDING = 1e-12
 
 
@@ -182,6 +185,16 @@ def bonferroni(alpha: float, m: int) -> float:
     if m < 1:
         raise ValueError(f"m must be at least 1 interval, got {m}")
     return alpha / m
+
+
+def alpha_of_mean(alpha: float, m: int) -> float:
+    """The alpha of each of ``m`` t-intervals, so that at most ``alpha`` of all verdicts together are false.
+
+    Deviations from normality weigh the more, the farther out in the tail an interval ends: at ``alpha / m`` a whole
+    ``alpha / m`` of false verdicts is reached by slightly skewed outcomes, and half of it keeps the promise
+    (``verdict_calibration``). The exact interval of a probability needs no such reserve.
+    """
+    return bonferroni(alpha, m) / RESERVE
 
 
 def nearest_edge(region: Region, value: float) -> float | None:

@@ -44,12 +44,13 @@ OUTCOMES = {
     "refuted": ("❌", "❌ **Проверено: опровергнуто**", "опровергнуто"),
     "insufficient": ("🟡", "🟡 **Недостаточно данных**", "недостаточно данных"),
 }
-HEADER = ("Статус", "Утверждение", "Условие", "Верно, если", "Оценка", "Интервал 95 %", "n", "Область")
+HEADER = ("Статус", "Утверждение", "Условие", "Верно, если", "Оценка", "Интервал", "n", "Область")
 AS_ABOVE = "″"
 PRESENT = "есть"
 """Of tests: that there are some. Whether they pass is not known here."""
 NOTE = (
-    "Интервалы одновременные (95 % на все утверждения эксперимента вместе); у точных величин — размах по запускам. "
+    "Интервалы одновременные: 95 % на все утверждения эксперимента вместе, у средних по сидам 97,5 % (запас на отличие "
+    "исходов от нормальных); у точных величин — размах по запускам. "
     "n — число сидов; у точных величин — запусков, у частот и долей — попыток. «Хватило бы» — о плане новой версии "
     "эксперимента: к готовой кампании сиды не добавляют."
 )
@@ -184,7 +185,7 @@ def _section(section: Section, findings: Sequence[Finding], root: Path) -> str:
 
 def _experiment(findings: Sequence[Finding]) -> str:
     """The claims that one experiment tests, under its name; a sentence is written once, above all its conditions."""
-    right = [name in ("Верно, если", "Оценка", "Интервал 95 %", "n") for name in HEADER]
+    right = [name in ("Верно, если", "Оценка", "Интервал", "n") for name in HEADER]
     rows = [
         _row(finding, AS_ABOVE if index else _sentence(finding.claim))
         for _, conditions in groupby(findings, key=lambda finding: _sentence(finding.claim))

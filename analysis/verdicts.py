@@ -5,15 +5,14 @@ outside refutes, across an edge is insufficient. With a planned trial missing or
 fewer seeds than the calibration asks for (``MIN_SEEDS``), a claim is at most insufficient.
 
 The level. A verdict is false if it says confirmed where the truth lies outside the region, or refuted where it lies
-inside. Whichever side of an edge the truth is on, only one of the two can be false, and only one end of the two-sided
-``1 − alpha`` interval can bring it about: so the nominal probability of a false verdict is at most ``alpha / 2``, and
-what is promised is ``alpha``. The other half is what deviations from normality may use up. ``verdict_calibration``
-measures how much they do, for a single claim at level 0.05 only: the claims of an experiment are judged at
-``alpha / m``, farther out in the tail, where neither the level nor ``MIN_SEEDS`` has been checked.
+inside. Each of the m claims of an experiment is promised to be false with a probability of at most ``alpha / m``, all
+together with at most ``alpha``. Whichever side of an edge the truth is on, only one of the two can be false, and only
+one end of a two-sided interval can bring it about; and the interval of a mean is one of ``1 − alpha / 2m``
+(``alpha_of_mean``): so the nominal probability of a false verdict is a quarter of what is promised. The rest is what
+deviations from normality may use up. ``verdict_calibration`` measures how much they do.
 
 An equivalence is the same rule with a region that has two edges. Two one-sided tests of size ``a`` confirm it where the
-``1 − 2a`` interval lies inside (Schuirmann 1987): confirming by the ``1 − alpha`` interval is that test at size
-``alpha / 2``.
+``1 − 2a`` interval lies inside (Schuirmann 1987): confirming by a ``1 − a`` interval is that test at size ``a / 2``.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from analysis.load import Campaign, agrees
 from analysis.statistics import (
     MAX_SEEDS,
     Estimate,
+    alpha_of_mean,
     attempts_needed,
     binomial_interval,
     bonferroni,
@@ -53,6 +53,7 @@ MIN_SEEDS: dict[str, int | None] = {
     "SelectedReduction": 3,
     "Interaction": 3,
     "Ratio": 3,
+    "Difference": 3,
     "Regret": 3,
     "ArgBestShift": 3,
     "SpreadReduction": None,
@@ -60,9 +61,9 @@ MIN_SEEDS: dict[str, int | None] = {
 }
 """Fewest seeds with which a mean over seeds is judged, by estimand; None where no number of seeds up to 20 is enough.
 
-The rule: the fewest n of ``verdict_calibration`` from which on no false-verdict rate is refuted as at most 0.05 under
-normal and discrete outcomes, where a single claim is judged at level 0.05. A ratio of two spreads is skewed whatever
-the outcomes are: up to 20 seeds it fails.
+The rule: the fewest n of ``verdict_calibration`` from which on no false-verdict rate is refuted as at most what is
+promised, under normal and discrete outcomes, for a single claim and for one of many. A ratio of two spreads is skewed
+whatever the outcomes are: up to 20 seeds it fails.
 """
 
 
@@ -143,7 +144,7 @@ def decided(
 
 
 def _judge(claim: Claim, campaign: Campaign, observations: pd.DataFrame, n_sampled: int, uses: int) -> Verdict:
-    alpha = None if is_exact(claim.estimand) else bonferroni(claim.alpha, n_sampled)
+    alpha = _alpha(claim, n_sampled)
     if uses > 1:
         # Records register a claim's digest by its id: with two of one id, neither is known to have stood.
         taken = f"a claim id must be unique, but {claim.id} is taken by {uses} claims; rename all but one"
@@ -167,6 +168,14 @@ def _judge(claim: Claim, campaign: Campaign, observations: pd.DataFrame, n_sampl
         seeds_needed=finding.seeds_needed,
         reason=f"{lack}; {finding.reason}" if lack else finding.reason,
     )
+
+
+def _alpha(claim: Claim, n_sampled: int) -> float | None:
+    """Error rate of the interval of one of the claims that have sampling error; None for any other."""
+    if is_exact(claim.estimand):
+        return None
+    share = bonferroni if isinstance(claim.estimand, Rate | Proportion) else alpha_of_mean
+    return share(claim.alpha, n_sampled)
 
 
 def _registered(claim: Claim, record: TrialRecord) -> bool:

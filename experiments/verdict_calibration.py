@@ -3,17 +3,19 @@
 Serves the section «engine» of THEORY.md. The one experiment that imports ``analysis``: the engine is what it measures.
 
 Design. Estimand × distribution of outcomes; within a trial, experiments of 3, 5, 10 and 20 seeds are simulated in a
-world whose truth is known, and judged by the engine's own formulas, intervals and rule, many at once (a test shows that
+world whose truth is known, and judged as the only claim of an experiment and as one of a family of 40 (more than any
+experiment has of these estimands) by the engine's own formulas, intervals and rule, many at once (a test shows that
 ``judge_campaign`` says the same of the same experiments). The truth is the mean over seeds of the estimand, which the
 claims define; it is computed from a population of millions of seeds. The region is moved, not the truth: its edge lies
 at the truth, one standard deviation (over seeds) below it, or above it; the region lies above its edge (side ``low``)
-or below (side ``high``); that of an equivalence reaches four standard deviations. One claim is judged, at level 0.05.
+or below (side ``high``); that of an equivalence reaches four standard deviations.
 
 What is false. Confirmed is false where the truth lies outside the region, refuted where it lies inside. Both are most
 likely with the truth at the edge: there refuted is false, since regions are closed, and confirmed is what it would be
 for a truth a hair outside. ``false_verdicts`` counts the most frequent of the two over both sides: the most that can
-happen, wherever the truth lies. The engine promises at most 0.05 and its intervals, were all outcomes normal, 0.025.
-The rule of the least number of seeds (``MIN_SEEDS``), which follows from this experiment, is not applied in it.
+happen, wherever the truth lies. The engine promises each claim of a family of m at most 0.05/m; were all outcomes
+normal, it would be a quarter of that (half, of a rate). The rule of the least number of seeds (``MIN_SEEDS``), which
+follows from this experiment, is not applied in it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ INTERVAL_WIDTH = Metric("interval_width", "sd over seeds", "minimize")
 
 ALPHA = 0.05
 SEEDS = (3, 5, 10, 20)
+FAMILIES = (1, 40)
+"""Claims of an experiment, among which the error rate is shared."""
 SIDES = ("low", "high")
 POSITIONS = {"edge": 0.0, "inside": 1.0, "outside": -1.0}
 """Distance of the truth from the edge, positive inside the region, in standard deviations over seeds."""
@@ -54,6 +58,7 @@ ESTIMAND_WORDS = {
     "arg_best_shift": "сдвиг лучшего уровня",
     "spread_reduction": "снижение разброса",
     "ratio": "отношение",
+    "difference": "разность",
     "slope": "наклон",
     "rate": "частота",
 }
@@ -69,7 +74,7 @@ OUTCOME_WORDS = {
 class Settings:
     """How many experiments are simulated."""
 
-    simulations: int = 10_000
+    simulations: int = 400_000
     """Simulated experiments of each estimand, distribution and number of seeds."""
     population: int = 4_000_000
     """Seeds from which the truth is computed."""
@@ -83,7 +88,7 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(simulations=200, population=200_000),
-    "laptop": Settings(simulations=2_000, population=1_000_000),
+    "laptop": Settings(simulations=40_000, population=1_000_000),
     "cpu": Settings(),
 }
 
@@ -107,7 +112,7 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     """Judge simulated experiments of one estimand under one distribution of outcomes."""
     import numpy as np
 
-    from experiments.worlds.outcomes import WORLDS, simulate
+    from experiments.worlds.outcomes import WORLDS
 
     began, settings = time.monotonic(), Settings(**spec.settings)
     estimand, outcomes = str(spec.factors["estimand"]), str(spec.factors["outcomes"])
@@ -116,9 +121,9 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     truth, sd = _truth(WORLDS[estimand], outcomes, settings.population, rng, context)
     measurements = Measurements()
     for n_seeds in SEEDS:
-        rows = simulate(WORLDS[estimand], outcomes, rng, (settings.simulations, n_seeds))
-        values = seed_values(WORLDS[estimand], rows)
-        _observe(estimand, values, truth, sd, measurements)
+        values = _drawn(WORLDS[estimand], outcomes, (settings.simulations, n_seeds), rng, context)
+        for family in FAMILIES:
+            _observe(estimand, values, family, truth, sd, measurements)
     errors = abs(values.mean() - truth) / (sd * np.sqrt(1 / values.size + 1 / settings.population))
     measurements.checks = [
         ManipulationCheck(
@@ -136,19 +141,26 @@ def _truth(
     world: World, outcomes: str, population: int, rng: np.random.Generator, context: TrialContext
 ) -> tuple[float, float]:
     """Mean and standard deviation of the estimand over a population of seeds."""
+    values = _drawn(world, outcomes, (population, 1), rng, context)
+    return float(values.mean()), float(values.std())
+
+
+def _drawn(
+    world: World, outcomes: str, shape: tuple[int, int], rng: np.random.Generator, context: TrialContext
+) -> Array:
+    """The estimand of each seed of simulated experiments, shape (simulations, seeds), drawn in chunks."""
     import numpy as np
 
     from experiments.worlds.outcomes import simulate
 
+    simulations, n_seeds = shape
     chunks = []
-    for start in range(0, population, CHUNK):
-        context.report(start, population, phase="truth")
+    for start in range(0, simulations, CHUNK):
+        context.report(start, simulations, phase=f"experiments of {n_seeds} seeds")
         if context.should_stop():
             raise Preempted
-        rows = simulate(world, outcomes, rng, (min(CHUNK, population - start), 1))
-        chunks.append(seed_values(world, rows)[:, 0])
-    values = np.concatenate(chunks)
-    return float(values.mean()), float(values.std())
+        chunks.append(seed_values(world, simulate(world, outcomes, rng, (min(CHUNK, simulations - start), n_seeds))))
+    return np.concatenate(chunks)
 
 
 def seed_values(world: World, rows: list[Row]) -> Array:
@@ -180,6 +192,8 @@ def seed_values(world: World, rows: list[Row]) -> Array:
             return formulas.relative_reduction(*(formulas.value_of_chosen(*side) for side in sides))
         case claims.Ratio(_, numerator, denominator):
             return np.asarray(of(**numerator) / of(**denominator))
+        case claims.Difference(_, one, other):
+            return np.asarray(of(**one) - of(**other))
         case claims.Regret(_, choice, rivals):
             return formulas.regret(of(**choice), np.stack([of(**rival) for rival in rivals], axis=-1))
         case claims.ArgBestShift(_, along, start, end):
@@ -198,21 +212,22 @@ def seed_values(world: World, rows: list[Row]) -> Array:
     raise NotImplementedError(f"no formula for {type(world.estimand).__name__}")
 
 
-def intervals(world: World, values: Array) -> tuple[Array, Array]:
+def intervals(world: World, values: Array, family: int) -> tuple[Array, Array]:
     """The engine's interval of each simulated experiment; NaN where it refuses one for lack of variance."""
     import numpy as np
 
-    from analysis.statistics import binomial_interval, t_interval, varies
+    from analysis.statistics import alpha_of_mean, binomial_interval, bonferroni, t_interval, varies
     from experiments.harness.claims import Rate
 
     if isinstance(world.estimand, Rate):
         n = values.shape[1]
-        table = [binomial_interval(successes, n, ALPHA) for successes in range(n + 1)]
+        share = bonferroni(ALPHA, family)
+        table = [binomial_interval(successes, n, share) for successes in range(n + 1)]
         counts = values.sum(axis=1).astype(int)
         return np.array([e.low for e in table])[counts], np.array([e.high for e in table])[counts]
     usable = varies(values)
     low, high = np.full((2, len(values)), np.nan)
-    low[usable], high[usable] = t_interval(values[usable], ALPHA)
+    low[usable], high[usable] = t_interval(values[usable], alpha_of_mean(ALPHA, family))
     return low, high
 
 
@@ -230,7 +245,7 @@ def region_of(estimand: str, truth: float, sd: float, side: str, position: str) 
     return Region(edge - width, edge)
 
 
-def _observe(estimand: str, values: Array, truth: float, sd: float, into: Measurements) -> None:
+def _observe(estimand: str, values: Array, family: int, truth: float, sd: float, into: Measurements) -> None:
     """Count the verdicts on experiments of one number of seeds, at every side and position of the region."""
     import numpy as np
 
@@ -238,7 +253,8 @@ def _observe(estimand: str, values: Array, truth: float, sd: float, into: Measur
     from experiments.worlds.outcomes import WORLDS
 
     simulations, n_seeds = values.shape
-    low, high = intervals(WORLDS[estimand], values)
+    low, high = intervals(WORLDS[estimand], values, family)
+    cell = {"n_seeds": n_seeds, "family": family}
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for side in SIDES:
         for position in POSITIONS:
@@ -247,10 +263,10 @@ def _observe(estimand: str, values: Array, truth: float, sd: float, into: Measur
             found[side, position] = confirmed, refuted
             counts = {SIMULATIONS: simulations, CONFIRMED: confirmed, REFUTED: refuted}
             into.observations += [
-                Observation.of(metric, count, 0, n_seeds=n_seeds, side=side, position=position)
+                Observation.of(metric, count, 0, **cell, side=side, position=position)
                 for metric, count in counts.items()
             ]
-    worst = {"n_seeds": n_seeds, "side": "worse", "position": "edge"}
+    worst = {**cell, "side": "worse", "position": "edge"}
     summary = {
         SIMULATIONS: simulations,
         FALSE_VERDICTS: max(max(found[side, "edge"]) for side in SIDES),
@@ -263,19 +279,27 @@ def _observe(estimand: str, values: Array, truth: float, sd: float, into: Measur
 def _claims() -> tuple[Claim, ...]:
     return tuple(
         Claim(
-            f"false-verdicts-{estimand}-{outcomes}-{n_seeds}".replace("_", "-"),
-            f"Ложный вердикт — не чаще чем в 5 % случаев: {words}",
+            f"false-verdicts-{estimand}-{outcomes}-{n_seeds}-of-{family}".replace("_", "-"),
+            f"Ложный вердикт — не чаще обещанного (5 % на все m утверждений вместе): {words}",
             "engine",
             "правило вердикта: analysis/verdicts.py",
             Proportion(
                 FALSE_VERDICTS.name,
                 SIMULATIONS.name,
-                {"estimand": estimand, "outcomes": outcomes, "n_seeds": n_seeds, "side": "worse", "position": "edge"},
+                {
+                    "estimand": estimand,
+                    "outcomes": outcomes,
+                    "n_seeds": n_seeds,
+                    "family": family,
+                    "side": "worse",
+                    "position": "edge",
+                },
             ),
-            Region(high=ALPHA),
-            condition=f"{outcome_words}, n = {n_seeds}",
+            Region(high=ALPHA / family),
+            condition=f"m = {family}, {outcome_words}, n = {n_seeds}",
         )
         for estimand, words in ESTIMAND_WORDS.items()
+        for family in FAMILIES
         for outcomes, outcome_words in OUTCOME_WORDS.items()
         for n_seeds in SEEDS
     )
@@ -283,7 +307,7 @@ def _claims() -> tuple[Claim, ...]:
 
 EXPERIMENT = Experiment(
     name="verdict_calibration",
-    version=1,
+    version=2,
     question="How often does the verdict engine say confirmed or refuted where the truth is on the other side?",
     claims=_claims(),
     scales=SCALES,

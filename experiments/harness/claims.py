@@ -163,6 +163,19 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Mean over seeds of ``first − second``: the same metric, at the last step, of two arms of one seed.
+
+    For metrics that are shares or logarithms themselves: a difference of losses is judged as a relative reduction.
+    """
+
+    metric: str
+    first: Selector
+    second: Selector
+    where: Selector = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Rate:
     """Share of trials whose metric, at the last step, is 1 and not 0: a probability; the unit is the trial.
 
@@ -206,6 +219,7 @@ Estimand = (
     | SelectedReduction
     | Interaction
     | Ratio
+    | Difference
     | Rate
     | Proportion
     | Regret

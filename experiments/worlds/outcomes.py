@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from experiments.harness.claims import (
     ArgBestShift,
+    Difference,
     Estimand,
     Interaction,
     LogLogSlope,
@@ -135,6 +136,12 @@ def _ratio(noise: Noise, normal: Noise) -> list[Row]:
     return [Row(RAW, raw), Row(EMA, raw * (0.5 + 0.05 * noise()))]
 
 
+def _difference(noise: Noise, normal: Noise) -> list[Row]:
+    """Two shares of one seed, such as accuracies."""
+    share = 0.7 + 0.02 * normal()
+    return [Row(RAW, share), Row(EMA, share + 0.02 + 0.01 * noise())]
+
+
 def _slope(noise: Noise, normal: Noise) -> list[Row]:
     """A power law whose exponent differs from seed to seed, measured with a little noise at every step."""
     scale, exponent = 2 + 0.1 * normal(), -1 + 0.03 * noise()
@@ -156,6 +163,7 @@ WORLDS: dict[str, World] = {
     "arg_best_shift": World(ArgBestShift(LOSS, "horizon_steps", {"phase": "early"}, {"phase": "late"}), _best_shift),
     "spread_reduction": World(SpreadReduction(LOSS, EMA, RAW), _spread),
     "ratio": World(Ratio(LOSS, EMA, RAW), _ratio),
+    "difference": World(Difference(LOSS, EMA, RAW), _difference),
     "slope": World(LogLogSlope(LOSS, {"arm": "mean"}, min_forgetting=None), _slope),
     "rate": World(Rate(LOSS), _rate),
 }

@@ -10,6 +10,7 @@ import pytest
 
 from analysis.estimands import selectors, successes
 from experiments.harness.claims import (
+    Difference,
     Exact,
     ExactRatio,
     Interaction,
@@ -342,6 +343,13 @@ def test_ratio_is_paired():
     )
 
 
+def test_difference_is_paired():
+    rows = two_arms([-1.0, 3.0], [2.0, 2.5])
+    assert estimate(Difference("eval_loss", EMA, RAW), rows) == pytest.approx({0: -3.0, 1: 0.5})
+    unpaired = [*rows, row(1.0, seed=2, arm="raw")]
+    assert "lacks seed 2" in refusal(Difference("eval_loss", EMA, RAW), unpaired)
+
+
 def test_a_rate_is_per_trial_and_counts_ones():
     rows = [
         row(value, seed=0, trial=trial, metric="detected") for trial, value in zip("abcd", [1, 0, 1, 1], strict=True)
@@ -390,7 +398,7 @@ def test_selectors_are_the_arms_of_an_estimand():
         {"arm": "raw", "schedule": "constant"},
         {"arm": "raw", "schedule": "cosine"},
     ]
-    assert selectors(Ratio("m", EMA, RAW)) == [EMA, RAW]
+    assert selectors(Ratio("m", EMA, RAW)) == selectors(Difference("m", EMA, RAW)) == [EMA, RAW]
     assert selectors(Rate("m")) == selectors(Proportion("a", "b")) == [{}]
     assert selectors(Exact(SLOPE)) == [{"arm": "mean"}]
 

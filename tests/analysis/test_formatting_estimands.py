@@ -9,6 +9,7 @@ import pytest
 from analysis.formatting import ENGLISH, RUSSIAN, format_estimate, format_interval, format_region
 from experiments.harness.claims import (
     ArgBestShift,
+    Difference,
     Exact,
     Interaction,
     LogLogSlope,
@@ -30,6 +31,7 @@ REDUCTION = RelativeReduction("eval_loss", EMA, RAW)
         (SelectedReduction("eval_loss", (EMA,), (RAW,)), "+25.00%", "≥\u00a010%"),
         (Interaction(REDUCTION, {"data": "small"}, {"data": "large"}), "+25.00%", "≥\u00a010%"),
         (Ratio("seconds", EMA, RAW), "0.250", "≥\u00a00.1"),
+        (Difference("accuracy", EMA, RAW), "+0.250", "≥\u00a00.1"),
         (Rate("detected"), "25.00%", "≥\u00a010%"),
         (Proportion("hits", "tries"), "25.00%", "≥\u00a010%"),
     ],

@@ -10,6 +10,7 @@ from scipy import stats
 
 from analysis.statistics import (
     CannotEstimate,
+    alpha_of_mean,
     attempts_needed,
     binomial_interval,
     bonferroni,
@@ -140,6 +141,10 @@ def test_bonferroni():
     assert bonferroni(0.05, 1) == 0.05
     with pytest.raises(ValueError, match="m must be at least 1 interval, got 0"):
         bonferroni(0.05, 0)
+
+
+def test_a_mean_has_half_of_its_share():
+    assert alpha_of_mean(0.05, 10) == pytest.approx(0.0025)
 
 
 @pytest.mark.parametrize(
