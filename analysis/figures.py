@@ -34,6 +34,7 @@ from analysis.freezing import draw_freezing
 from analysis.load import Campaign, load_campaigns
 from analysis.pareto import draw_pareto
 from analysis.rates import draw_rates
+from analysis.scaling import draw_scaling
 from analysis.style import CLAIMED, HUES, INK, MARKERS, MUTED, STYLE
 from analysis.tables import experiments_with_results, options_of
 from experiments.harness.experiment import UserError, experiment_names, load_experiment
@@ -87,6 +88,7 @@ DRAWN: dict[str, Callable[[Campaign], Figure]] = {
     "polyak_averaging": draw_rates,
     "freeze_ratio": draw_freezing,
     "sft_vs_lora_vs_qlora": draw_pareto,
+    "lora_scaling": draw_scaling,
 }
 """Experiments with a figure of their own kind."""
 
