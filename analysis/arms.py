@@ -139,7 +139,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "polyak_averaging": Layout(
         metric="excess_loss",
-        also=("squared_error",),
+        also=("squared_error", "variance", "variance_over_cramer_rao"),
         where={"track": "rates"},
         conditions=("schedule",),
         control="last",

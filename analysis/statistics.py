@@ -76,9 +76,12 @@ def mean_interval(values: npt.ArrayLike, alpha: float) -> Estimate:
     if sample.size < 2:
         raise CannotEstimate(f"an interval needs at least 2 seeds, got {sample.size}; run more seeds")
     if not varies(sample):
+        advice = "use a finer measurement, or check that the seed reaches the training"
+        if abs(sample[0]) <= ROUNDING:
+            advice = "check that what the arms differ in reaches the training; an exact value is judged with Exact"
         raise CannotEstimate(
             f"all {sample.size} seeds gave {sample[0]:g} up to rounding: no variance to estimate an interval from; "
-            "use a finer measurement, or check that the seed reaches the training"
+            f"{advice}"
         )
     low, high = t_interval(sample, alpha)
     return Estimate(float(sample.mean()), float(low), float(high), sample.size, float(sample.std(ddof=1)))

@@ -45,11 +45,12 @@ def test_mean_interval_needs_two_seeds():
         mean_interval([], alpha=0.05)
 
 
-def test_mean_interval_needs_variance():
-    with pytest.raises(
-        CannotEstimate, match=r"all 3 seeds gave 0\.1 up to rounding: no variance to estimate an interval"
-    ):
-        mean_interval([0.1, 0.1, 0.1], alpha=0.05)
+@pytest.mark.parametrize(
+    ("value", "advice"), [(0.1, "that the seed reaches the training"), (0.0, "that what the arms differ in reaches")]
+)
+def test_mean_interval_needs_variance(value, advice):
+    with pytest.raises(CannotEstimate, match=f"all 3 seeds gave {value:g} up to rounding: no variance .* {advice}"):
+        mean_interval([value] * 3, alpha=0.05)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1])
