@@ -7,24 +7,33 @@ trial costs one training and its arms share initial weights, data order and drop
 schedule × seed; the schedule is a factor because an average of weights and a decay of the learning rate may do the
 same work. Two tracks: ``main`` fine-tunes a pretrained model; ``length`` trains at several run lengths (a tiny model
 where only a CPU is at hand) to ask whether the best decay grows with the length of the run.
+
+Beside the decays, the whole curve of loss against averaging length: averages of power-function profile, put together
+after the run from the snapshots of two (arms ``posthoc_…``, with the length ``sigma_rel`` as a share of the run). The
+arm ``posthoc_chosen`` is the length that validation chose; ``posthoc_nearby`` the worst, on test, of those within a
+factor of 2 of it. The error of putting together and the cost of the curve are outcomes with claims of their own, not
+conditions on which a trial is thrown away.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from experiments.harness.causal_lm import CausalLMRun, losses_on_test, prepare
+from experiments.harness.averaging import SMOKE_CURVE, AveragingCurve
+from experiments.harness.causal_lm import CausalLMRun, losses_on_test, observe, prepare
 from experiments.harness.claims import (
     ArgBestShift,
     Claim,
     Estimand,
     ExactRatio,
+    Ratio,
     Region,
     Regret,
     RelativeReduction,
@@ -33,8 +42,6 @@ from experiments.harness.claims import (
 from experiments.harness.experiment import Experiment, TrialContext, UserError
 from experiments.harness.record import (
     EVAL_LOSS,
-    PERPLEXITY,
-    ExampleOutcome,
     ManipulationCheck,
     Measurements,
     Metric,
@@ -48,12 +55,17 @@ if TYPE_CHECKING:
 
     from experiments.harness.evaluation import HeldOutLoss
     from experiments.harness.training import TrainingOutcome, TrainingPlan
-    from forge.ema import EMACallback, EMAModel
+    from forge.ema import EMAModel
 
 Schedule = Literal["constant", "cosine"]
 
 EMA_BYTES = Metric("ema_extra_bytes", "bytes", "minimize")
 PARAMETER_BYTES = Metric("averaged_param_bytes", "bytes", "none")
+BEST_LENGTH = Metric("best_sigma_rel", "1", "none")
+"""Averaging length that validation chose, where it is not an end of the grid."""
+
+_NEARBY = 2.05
+"""Lengths within this factor of the chosen one are near it: 2, and what the rounding of the grid takes."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class Track(CausalLMRun):
     """EMA decays, followed beside compute_optimal_decay(steps)."""
     late_evaluations: int = 6
     """Evaluations on the validation split, evenly spread over the second half of the run."""
+    curve: AveragingCurve = field(default_factory=AveragingCurve)
+    """The curve of loss against averaging length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +92,7 @@ class Track(CausalLMRun):
             raise UserError(f"late_evaluations must be at least 1, got {self.late_evaluations}")
         if not self.steps or min(self.steps) < 2 or len(set(self.steps)) < len(self.steps):
             raise UserError(f"steps must be different numbers of at least 2, got {self.steps}")
+        self.curve.check_steps(min(self.steps))
 
 
 @dataclass(frozen=True)
@@ -118,9 +133,9 @@ SCALES = {
         seeds=2,
         main=Track(
             model="tiny-random", random_init=True, steps=(12,), batch_size=2, sequence_length=32,
-            learning_rate=1e-3, precision="fp32", validation_blocks=4, test_blocks=8,
+            learning_rate=1e-3, precision="fp32", validation_blocks=4, test_blocks=8, curve=SMOKE_CURVE,
         ),
-        length=dataclasses.replace(_TINY_LENGTH, steps=(4, 8), validation_blocks=4, test_blocks=8),
+        length=dataclasses.replace(_TINY_LENGTH, steps=(4, 8), validation_blocks=4, test_blocks=8, curve=SMOKE_CURVE),
     ),
     "laptop": Settings(seeds=3, main=Track(steps=(40,), validation_blocks=6, test_blocks=24)),
     "cpu": Settings(seeds=5, main=Track(steps=(200,)), length=_TINY_LENGTH),
@@ -169,46 +184,69 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
 
 
 def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
-    """Train once with all averages along the trajectory; evaluate every arm on the test split."""
+    """Train once with all averages along the trajectory; evaluate every arm on the test split, then the curve."""
+    from experiments.harness.memory import memory_by_component
+    from experiments.harness.posthoc import CurveCallback, with_evaluation_batch
     from experiments.harness.training import train
     from forge.ema import EMACallback, compute_optimal_decay, decay_label
 
     began = time.monotonic()
     track, steps = _track(spec), _steps(spec)
     ingredients = prepare(track, spec.seed)
+    model = ingredients.model
     arms = {f"ema_{decay:g}": decay for decay in track.decays} | {"ema_optimal": compute_optimal_decay(steps)}
     ema = EMACallback(decay=tuple({decay_label(decay): decay for decay in arms.values()}.values()))
+    curve = CurveCallback(track.curve, steps, context.work_dir)
 
-    losses, before_sec = losses_on_test(track, ingredients, {"initial": nullcontext})
-    outcome = train(ingredients.model, ingredients.train, ingredients.validation, _plan(spec, track), context, [ema])
+    tested = with_evaluation_batch(track)
+    losses, before_sec = losses_on_test(tested, ingredients, {"initial": nullcontext})
+    outcome = train(model, ingredients.train, ingredients.validation, _plan(spec, track), context, [curve, ema])
     context.report(steps, steps, phase="test evaluation")
     averaged = {arm: partial(ema.use_ema, decay) for arm, decay in arms.items()}
-    final, after_sec = losses_on_test(track, ingredients, {"raw": nullcontext, **averaged})
+    final, after_sec = losses_on_test(tested, ingredients, {"raw": nullcontext, **averaged})
     losses |= final
 
-    evaluation_sec = before_sec + outcome.evaluation_sec + after_sec
     measurements = Measurements(
-        checks=_checks(spec, track, ingredients.model, ema.ema, outcome, losses),
+        checks=[*_checks(spec, track, model, ema.ema, outcome, losses), *curve.checks(model, steps)],
         tokens=steps * track.batch_size * track.sequence_length,
-        memory_bytes=_memory_by_component(ingredients.model, outcome, ema),
+        memory_bytes={**memory_by_component(model, outcome.trainer.optimizer), "ema": ema.ema.extra_bytes},
         digests=ingredients.digests,
     )
     _observe(measurements, steps, arms, losses, outcome)
-    _observe_memory(measurements, steps, ingredients.model)
-    measurements.seconds = {"training": outcome.training_sec, "evaluation": evaluation_sec}
+    _observe_memory(measurements, steps, model)
+    curve.observe_error(measurements, model, ema, arms["ema_optimal"])
+    training_sec, evaluation_sec = outcome.training_sec, before_sec + outcome.evaluation_sec + after_sec
+    del outcome, ema, averaged  # the averages of the curve take the room of these and of the optimizer
+    gc.collect()
+    _observe_choice(measurements, curve.observe(measurements, track, ingredients, steps), steps)
+    curve.observe_seconds(measurements)
+    measurements.seconds = {"training": training_sec, "evaluation": evaluation_sec + curve.evaluation_sec}
     measurements.seconds["overhead"] = max(0.0, time.monotonic() - began - sum(measurements.seconds.values()))
     return measurements
 
 
+def _observe_choice(into: Measurements, losses: dict[str, dict[float, float]], steps: int) -> None:
+    """The length that validation chose, the worst near it, and the best length where it lies inside the grid."""
+    if into.diverged:
+        return
+    validation, test = losses["validation"], losses["test"]
+    widths, chosen = list(test), min(validation, key=validation.__getitem__)
+    near = [width for width in widths if 1 / _NEARBY < width / chosen < _NEARBY]
+    for arm, width in (("posthoc_chosen", chosen), ("posthoc_nearby", max(near, key=test.__getitem__))):
+        row = Observation.of(EVAL_LOSS, test[width], steps, split="test", arm=arm, length_of_arm=width)
+        into.observations.append(row)
+    if widths[0] < chosen < widths[-1]:  # at an end it is a bound of the best length, not its value
+        into.observations.append(Observation.of(BEST_LENGTH, chosen, steps))
+
+
 def _track(spec: TrialSpec) -> Track:
     settings: dict[str, Any] = spec.settings[str(spec.factors["track"])]
-    return Track(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return Track(**{**lists, "curve": AveragingCurve.of(settings["curve"])})
 
 
 def _steps(spec: TrialSpec) -> int:
-    steps = spec.factors["steps"]
-    assert isinstance(steps, int)
-    return steps
+    return int(str(spec.factors["steps"]))
 
 
 def _plan(spec: TrialSpec, track: Track) -> TrainingPlan:
@@ -240,18 +278,7 @@ def _observe(
 
     conditions = {arm: _arm_conditions(arm, arms.get(arm), steps) for arm in losses}
     for arm, held_out in losses.items():
-        if not math.isfinite(held_out.loss):
-            into.diverged = f"the test loss of arm {arm} is {held_out.loss}"
-            continue
-        step = 0 if arm == "initial" else steps
-        into.observations.append(Observation.of(EVAL_LOSS, held_out.loss, step, split="test", **conditions[arm]))
-        into.observations.append(
-            Observation.of(PERPLEXITY, math.exp(held_out.loss), step, split="test", **conditions[arm])
-        )
-        for document, nll, tokens in zip(held_out.document_ids, held_out.nll, held_out.tokens, strict=True):
-            into.examples.append(
-                ExampleOutcome(example=document, arm=arm, metric=EVAL_LOSS.name, value=nll / tokens, tokens=tokens)
-            )
+        observe(into, held_out, EVAL_LOSS, 0 if arm == "initial" else steps, **conditions[arm])
     keys = {"raw": "eval_loss"} | {arm: f"eval_ema_{decay_label(decay)}_loss" for arm, decay in arms.items()}
     for row in outcome.evaluations:
         for arm, key in keys.items():
@@ -261,7 +288,7 @@ def _observe(
                 )
 
 
-def _arm_conditions(arm: str, decay: float | None, steps: int) -> dict[str, str | float]:
+def _arm_conditions(arm: str, decay: float | None, steps: int) -> dict[str, Any]:
     """Decay, averaging horizon 1/(1−β) and share of the initial weights β^T; raw weights have a horizon of one step."""
     from forge.ema import averaging_horizon, initial_weight_share
 
@@ -286,12 +313,6 @@ def _observe_memory(into: Measurements, steps: int, model: nn.Module) -> None:
     into.observations.append(Observation.of(PARAMETER_BYTES, averaged, steps))
     _, extra = allocated_bytes(lambda: EMAModel(model))
     into.observations.append(Observation.of(EMA_BYTES, extra, steps))
-
-
-def _memory_by_component(model: nn.Module, outcome: TrainingOutcome, ema: EMACallback) -> dict[str, int]:
-    from experiments.harness.memory import memory_by_component
-
-    return {**memory_by_component(model, outcome.trainer.optimizer), "ema": ema.ema.extra_bytes}
 
 
 def _checks(
@@ -326,6 +347,7 @@ def _checks(
 _LOSS, _RAW, _OPTIMAL = EVAL_LOSS.name, {"arm": "raw"}, {"arm": "ema_optimal"}
 _GUIDE = tuple({"arm": f"ema_{decay}"} for decay in ("0.99", "0.999", "0.9999"))
 _GAIN, _NO_WORSE, _AT_MOST_HALF = Region(low=0.01), Region(high=0.0), Region(high=0.005)
+_CHOSEN, _TENTH = {"arm": "posthoc_chosen"}, Region(high=0.1)
 
 
 def _claim(schedule: Schedule, id: str, statement: str, source: str, estimand: Estimand, region: Region) -> Claim:
@@ -334,35 +356,31 @@ def _claim(schedule: Schedule, id: str, statement: str, source: str, estimand: E
 
 
 def _fine_tuning_claims(schedule: Schedule) -> list[Claim]:
-    main = {"track": "main", "schedule": schedule, "split": "test"}
-    late = {"track": "main", "schedule": schedule, "split": "validation"}
+    claim = partial(_claim, schedule)
+    main, late = ({"track": "main", "schedule": schedule, "split": split} for split in ("test", "validation"))
     return [
-        _claim(
-            schedule,
+        claim(
             "ema-0.999-lowers-loss",
             "EMA с decay = 0.999 снижает eval loss не менее чем на 1 %",
             "seed 003, «Типичное улучшение: +1–3 %»; seed 000, «Ожидаемое улучшение»",
             RelativeReduction(_LOSS, {"arm": "ema_0.999"}, _RAW, main),
             _GAIN,
         ),
-        _claim(
-            schedule,
+        claim(
             "ema-optimal-lowers-loss",
             "EMA с compute_optimal_decay(T) снижает eval loss не менее чем на 1 %",
             "seed 003, «Типичное улучшение: +1–3 %», «Автоматический расчёт»",
             RelativeReduction(_LOSS, _OPTIMAL, _RAW, main),
             _GAIN,
         ),
-        _claim(
-            schedule,
+        claim(
             "ema-optimal-near-best",
             "compute_optimal_decay(T) проигрывает лучшему из 0.99, 0.999, 0.9999 не более 0,5 %",
             "seed 003, «Автоматический расчёт»",
             Regret(_LOSS, _OPTIMAL, _GUIDE, main),
             _AT_MOST_HALF,
         ),
-        _claim(
-            schedule,
+        claim(
             "ema-reduces-spread",
             "EMA с compute_optimal_decay(T) уменьшает разброс eval loss между поздними чекпоинтами",
             "seed 003, «Почему EMA работает?»; seed 000, «EMA усредняет эти колебания»",
@@ -373,10 +391,10 @@ def _fine_tuning_claims(schedule: Schedule) -> list[Claim]:
 
 
 def _length_claims(schedule: Schedule) -> list[Claim]:
+    claim = partial(_claim, schedule)
     length = {"track": "length", "schedule": schedule, "split": "test"}
     claims = [
-        _claim(
-            schedule,
+        claim(
             "ema-best-decay-grows",
             "Чем длиннее обучение, тем ближе лучший decay к 1 (1 000 → 10 000 шагов)",
             "seed 003, «Выбор decay», «Правило»",
@@ -389,16 +407,14 @@ def _length_claims(schedule: Schedule) -> list[Claim]:
         decay, words = best["arm"].removeprefix("ema_"), f"{steps:_}".replace("_", " ")
         at = {**length, "steps": steps}
         claims += [
-            _claim(
-                schedule,
+            claim(
                 f"ema-{decay}-best-at-{steps}",
                 f"При ~{words} шагов из 0.99, 0.999, 0.9999 лучший decay — {decay}",
                 "seed 003, «Выбор decay», таблица",
                 Regret(_LOSS, best, tuple(arm for arm in _GUIDE if arm != best), at),
                 _NO_WORSE,
             ),
-            _claim(
-                schedule,
+            claim(
                 f"ema-optimal-near-best-at-{steps}",
                 f"При {words} шагов compute_optimal_decay(T) проигрывает лучшему decay сетки не более 0,5 %",
                 "seed 003, «Автоматический расчёт»",
@@ -409,11 +425,59 @@ def _length_claims(schedule: Schedule) -> list[Claim]:
     return claims
 
 
+def _curve_claims(schedule: Schedule) -> list[Claim]:
+    """What the whole curve says; the thresholds are those of the sentences above, and 10 % that the design promises."""
+    claim = partial(_claim, schedule)
+    main, longest = {"track": "main", "schedule": schedule}, {"track": "length", "schedule": schedule, "steps": 10_000}
+    claims = [
+        claim(
+            "ema-chosen-length-lowers-loss",
+            "EMA с длиной, выбранной на validation из всей кривой, снижает eval loss не менее чем на 1 %",
+            "seed 003, «Типичное улучшение: +1–3 %»",
+            RelativeReduction(_LOSS, _CHOSEN, _RAW, {**main, "split": "test"}),
+            _GAIN,
+        ),
+        claim(
+            "ema-best-length-is-a-share-of-the-run",
+            "Лучшая длина усреднения — одна и та же доля обучения (1 000 и 10 000 шагов: различие менее чем вдвое)",
+            "seed 003, «Автоматический расчёт»: период полураспада — десятая часть обучения",
+            Ratio(BEST_LENGTH.name, {"steps": 10_000}, {"steps": 1_000}, {"track": "length", "schedule": schedule}),
+            Region(low=0.5, high=2.0),
+        ),
+        claim(
+            "ema-posthoc-cost",
+            "Вся кривая длин из одного обучения (без оценки на данных) стоит не более 10 % времени шагов",
+            "собственное утверждение: arXiv:2312.02696, раздел 3.2",
+            Ratio("run_part_sec", {"part": "curve"}, {"part": "steps"}, main),
+            _TENTH,
+        ),
+    ]
+    for name, words, where in (("tuning", "fine-tuning", main), ("long", "10 000 шагов", longest)):
+        claims += [
+            claim(
+                f"ema-length-optimum-is-wide-{name}",
+                f"Любая длина в пределах вдвое от выбранной теряет не более 0,5 %, {words}",
+                "собственное утверждение: длину усреднения не нужно подбирать точно",
+                RelativeReduction(_LOSS, {"arm": "posthoc_nearby"}, _CHOSEN, {**where, "split": "test"}),
+                Region(low=-0.005),
+            ),
+            claim(
+                f"ema-posthoc-error-{name}",
+                f"Среднее, составленное после обучения, от прослеженного не дальше 10 % пути от него до весов, {words}",
+                "собственное утверждение: arXiv:2312.02696, раздел 3.2",
+                Ratio("distance_to_followed", {"arm": "posthoc"}, _RAW, where),
+                _TENTH,
+            ),
+        ]
+    return claims
+
+
 CLAIMS = (
-    *_fine_tuning_claims("constant"),
-    *_length_claims("constant"),
-    *_fine_tuning_claims("cosine"),
-    *_length_claims("cosine"),
+    *(
+        claim
+        for schedule in ("constant", "cosine")
+        for claim in (*_fine_tuning_claims(schedule), *_length_claims(schedule), *_curve_claims(schedule))
+    ),
     Claim(
         "ema-extra-memory",
         "EMA требует дополнительно столько памяти, сколько занимают усредняемые веса (одна копия, веса в fp32)",
@@ -426,7 +490,7 @@ CLAIMS = (
 
 EXPERIMENT = Experiment(
     name="ema_ablation",
-    version=1,
+    version=2,
     question="Does averaging the weights lower held-out loss, and which decay does it best?",
     claims=CLAIMS,
     scales=SCALES,

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from forge.ema import EMACallback, EMAModel, decay_label, load_ema_file, save_ema_file
+from forge.ema import EMACallback, EMAModel, decay_label, save_ema_file
 
 Array = npt.NDArray[np.float64]
 
@@ -35,6 +36,9 @@ WIDEST = 12**-0.5
 
 _CHUNK_STEPS = 1 << 15
 """Steps whose weights are held at once while profiles are compared."""
+
+_CHUNK_ELEMENTS = 1 << 18
+"""Elements of a parameter that are put together at once, from all snapshots."""
 
 
 def sigma_rel_of(gamma: float) -> float:
@@ -189,34 +193,75 @@ def reconstruct(
         FileNotFoundError: if the folder holds no snapshot.
         ValueError: unless exactly one profile is named, in range, and ``step`` lies in the run.
     """
+    if (sigma_rel is None) == (decay is None):
+        raise ValueError(f"name either sigma_rel or decay, got sigma_rel={sigma_rel} and decay={decay}")
+    if decay is not None:
+        return _reconstructions(folder, step, lambda every, updates: [_exponential(decay, every, updates)])[0]
+    assert sigma_rel is not None
+    return reconstruct_widths(folder, [sigma_rel], step=step)[0]
+
+
+def reconstruct_widths(
+    folder: str | Path, sigma_rel: Sequence[float], *, step: int | None = None
+) -> list[Reconstruction]:
+    """Several averages as ``reconstruct`` gives them, in one pass over the snapshots; all are in memory at once."""
+    gammas = [gamma_of(width) for width in sigma_rel]
+    return _reconstructions(folder, step, lambda _, updates: [power_profile(gamma, updates) for gamma in gammas])
+
+
+def _reconstructions(
+    folder: str | Path, step: int | None, wanted: Callable[[int, int], list[Array]]
+) -> list[Reconstruction]:
+    """The averages of profiles that ``wanted(update_every, updates)`` gives, over the θ that the updates saw."""
     files = {int(path.stem.removeprefix("step-")): path for path in sorted(Path(folder).glob("step-*.safetensors"))}
     if not files:
         raise FileNotFoundError(f"{folder} holds no snapshot; train with PostHocEMACallback")
     with safe_open(files[max(files)], framework="pt") as file:
         told = json.loads(file.metadata()["ema"])
-    widths, every = told["decays"], told["update_every"]
+    every: int = told["update_every"]
     step = max(files) if step is None else step
     if not every <= step <= max(files):
         raise ValueError(f"step must be in [{every}, {max(files)}], where the last snapshot is, got {step}")
     last = min(at for at in files if at >= step)
-    wanted = _profile(step // every, every, sigma_rel, decay)
-    stored = [(width, at) for at in files if every <= at <= last for width in widths]
+    stored = [(width, at) for at in files if every <= at <= last for width in told["decays"]]
     profiles = [power_profile(gamma_of(width), at // every) for width, at in stored]
-    shares, error = combine(profiles, np.pad(wanted, (0, last // every - wanted.size)))
-    return Reconstruction(_weighted_sum(files, dict(zip(stored, shares, strict=True))), error)
+    found = [
+        combine(profiles, np.pad(profile, (0, last // every - profile.size)))
+        for profile in wanted(every, step // every)
+    ]
+    sums = _weighted_sums([(files[at], decay_label(width)) for width, at in stored], np.array([s for s, _ in found]))
+    return [Reconstruction(averages, error) for averages, (_, error) in zip(sums, found, strict=True)]
 
 
-def _weighted_sum(files: Mapping[int, Path], shares: Mapping[tuple[float, int], float]) -> dict[str, Tensor]:
-    """Σ share · stored average over (width, step), fp32 at least; one file is in memory at a time."""
-    averages: dict[str, Tensor] = {}
-    for at in sorted({at for _, at in shares}):
-        state = load_ema_file(files[at])
-        for width in state["decays"]:
-            share = shares[width, at]
-            for name, tensor in state["averages"][decay_label(width)].items():
-                wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-                averages[name] = averages[name].add_(wide, alpha=share) if name in averages else wide.mul_(share)
-    return averages
+def _weighted_sums(stored: Sequence[tuple[Path, str]], shares: Array) -> list[dict[str, Tensor]]:
+    """Sums of stored averages (file and label), by rows of shares of shape (sums, stored); fp32 at least."""
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path, _ in stored}
+        keys = [key.split("/", 1) for key in files[stored[0][0]].keys()]  # noqa: SIM118 (no mapping)
+        sums: list[dict[str, Tensor]] = [{} for _ in shares]
+        for name in (name for label, name in keys if label == stored[0][1]):
+            parts = [files[path].get_slice(f"{label}/{name}") for path, label in stored]
+            for total, tensor in zip(sums, _weighted(parts, shares), strict=True):
+                total[name] = tensor
+        return sums
+
+
+def _weighted(stored: Sequence[Any], shares: Array) -> Tensor:
+    """Sums of stored tensors, each a slice of a file, a chunk of rows at a time; shape (sums, *shape)."""
+    shape = stored[0].get_shape()
+    if not shape:
+        return _weighted_rows([part[...] for part in stored], shares)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
+    begins = range(0, shape[0], rows)
+    return torch.cat([_weighted_rows([part[i : i + rows] for part in stored], shares) for i in begins], dim=1)
+
+
+def _weighted_rows(stored: Sequence[Tensor], shares: Array) -> Tensor:
+    dtype = torch.promote_types(stored[0].dtype, torch.float32)
+    flat = torch.empty(len(stored), stored[0].numel(), dtype=dtype)
+    for row, tensor in zip(flat, stored, strict=True):
+        row.copy_(tensor.reshape(-1))
+    return (torch.from_numpy(shares).to(dtype) @ flat).view(-1, *stored[0].shape)
 
 
 def power_profile(gamma: float, step: int) -> Array:
@@ -253,13 +298,7 @@ def combine(stored: Sequence[Array], wanted: Array) -> tuple[Array, float]:
     return shares, math.sqrt(max(0.0, left) / norm)
 
 
-def _profile(updates: int, every: int, sigma_rel: float | None, decay: float | None) -> Array:
-    """The wanted weights of the θ that the updates saw, one every so many steps."""
-    if (sigma_rel is None) == (decay is None):
-        raise ValueError(f"name either sigma_rel or decay, got sigma_rel={sigma_rel} and decay={decay}")
-    if sigma_rel is not None:
-        return power_profile(gamma_of(sigma_rel), updates)
-    assert decay is not None
+def _exponential(decay: float, every: int, updates: int) -> Array:
     if not 0 < decay < 1:
         raise ValueError(f"decay must be a number in (0, 1), got {decay}; pass for example 0.999")
     return exponential_profile(decay**every, updates)
