@@ -186,14 +186,14 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
 def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     """Train once with all averages along the trajectory; evaluate every arm on the test split, then the curve."""
     from experiments.harness.memory import memory_by_component
-    from experiments.harness.posthoc import CurveCallback, with_evaluation_batch
+    from experiments.harness.posthoc import CurveCallback, copy_of_weights, with_evaluation_batch
     from experiments.harness.training import train
     from forge.ema import EMACallback, compute_optimal_decay, decay_label
 
     began = time.monotonic()
     track, steps = _track(spec), _steps(spec)
     ingredients = prepare(track, spec.seed)
-    model = ingredients.model
+    model, initial = ingredients.model, copy_of_weights(ingredients.model)
     arms = {f"ema_{decay:g}": decay for decay in track.decays} | {"ema_optimal": compute_optimal_decay(steps)}
     ema = EMACallback(decay=tuple({decay_label(decay): decay for decay in arms.values()}.values()))
     curve = CurveCallback(track.curve, steps, context.work_dir)
@@ -214,9 +214,9 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     )
     _observe(measurements, steps, arms, losses, outcome)
     _observe_memory(measurements, steps, model)
-    curve.observe_error(measurements, model, ema, arms["ema_optimal"])
+    curve.observe_error(measurements, model, initial, ema, arms["ema_optimal"])
     training_sec, evaluation_sec = outcome.training_sec, before_sec + outcome.evaluation_sec + after_sec
-    del outcome, ema, averaged  # the averages of the curve take the room of these and of the optimizer
+    del outcome, ema, averaged, initial  # the averages of the curve take the room of these and of the optimizer
     gc.collect()
     _observe_choice(measurements, curve.observe(measurements, track, ingredients, steps), steps)
     curve.observe_seconds(measurements)

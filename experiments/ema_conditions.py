@@ -3,16 +3,16 @@
 Serves the section «EMA» of THEORY.md: «Когда EMA помогает больше всего» (seed 003).
 
 Design. A cell differs from the base cell in one thing: little data, a high learning rate, a long run, a large batch.
-The gain of a cell is the relative reduction of test loss by the best of many averages against raw weights, both at their
-best checkpoint, chosen on the validation split: on little data a very long average merely shrinks back towards the
-start, and against raw weights at the end that looks like a gain. The averages are those of the post-hoc curve: two are
-followed and stored, and at every checkpoint averages of many lengths (shares of the run so far) are put together from
-them afterwards. The guides' sentences are interactions: the gain of a cell minus that of the base cell, within seed.
-The gain is relative: for data size, absolute and relative gains disagree in sign. The schedule is a factor throughout,
-since an average of the weights and a decay of the learning rate may do the same work; that sentence is a claim of our
-own. A large batch has less gradient noise, and nothing else changes: if weights go round an optimum because of that
-noise, there is less for an average to gain. Generative against other models: pretrained SmolLM2 on text, MiniLM on
-sentiment.
+The gain of a cell is the relative reduction of test loss by the best of many averages against raw weights, both at
+their best checkpoint, chosen on the validation split: on little data a very long average merely shrinks back towards
+the start, and against raw weights at the end that looks like a gain. The averages are those of the post-hoc curve:
+two are followed and stored, and at every checkpoint averages of many lengths (shares of the run so far) are put
+together from them afterwards. The guides' sentences are interactions: the gain of a cell minus that of the base cell,
+within seed. The gain is relative: for data size, absolute and relative gains disagree in sign. The schedule is a
+factor throughout, since an average of the weights and a decay of the learning rate may do the same work; that
+sentence is a claim of our own. A large batch has less gradient noise, and nothing else changes: if weights go round
+an optimum because of that noise, there is less for an average to gain. Generative against other models: pretrained
+SmolLM2 on text, MiniLM on sentiment.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class CurveCallback(PostHocEMACallback):
         Yields:
             The conditions of the arm whose weights the model has now.
         """
-        raw = Reconstruction({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, 0.0)
+        raw = Reconstruction(copy_of_weights(model), 0.0)
         widths = self._curve.sigma_rel
         for begin in range(0, len(widths), _AT_ONCE):
             began = time.perf_counter()
@@ -156,14 +156,18 @@ class CurveCallback(PostHocEMACallback):
                     into.observations.append(Observation.of(metric, value, step, split=split, **conditions))
         return losses
 
-    def observe_error(self, into: Measurements, model: nn.Module, followed: EMACallback, decay: float) -> None:
+    def observe_error(
+        self, into: Measurements, model: nn.Module, initial: Mapping[str, Tensor], followed: EMACallback, decay: float
+    ) -> None:
         """Add how far an exponential average put together afterwards is from the followed one, and the raw weights.
 
-        The followed one saw every step, and still holds decay^steps of the initial weights; the other one does neither.
-        Both are part of the distance.
+        The followed one began at the initial weights and holds decay^steps of them, so as much is put into the other
+        one too. It saw every step, the other one did not: that, the profile and the half precision are the error.
         """
         wanted, step = followed.ema.averages(decay), self.ema.step
         found = reconstruct(self.snapshots, decay=decay, step=step)
+        for name, average in found.averages.items():
+            average.lerp_(initial[name].to(average), decay**step)
         raw = {name: parameter.detach() for name, parameter in model.named_parameters()}
         for arm, weights, told in (("posthoc", found.averages, {"profile_error": found.error}), ("raw", raw, {})):
             into.observations.append(
@@ -187,6 +191,11 @@ class CurveCallback(PostHocEMACallback):
         )
 
 
+def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that train, as they are now."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def scores_on(split: str, run: Run, ingredients: Any) -> dict[Metric, float]:
     """Loss of the model as it is, and of a classifier its accuracy."""
     held_out = dataclasses.replace(ingredients, test=getattr(ingredients, split))
@@ -204,5 +213,7 @@ def with_evaluation_batch(run: Run) -> Any:
 
 def weight_distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """Euclidean distance of two sets of weights of the same names."""
-    squares = (torch.linalg.vector_norm(first[name] - second[name], dtype=torch.float64) ** 2 for name in second)
+    squares = (
+        torch.linalg.vector_norm(first[name].cpu() - second[name].cpu(), dtype=torch.float64) ** 2 for name in second
+    )
     return float(sum(squares) ** 0.5)
