@@ -45,7 +45,7 @@ SENTENCES = (
     Sentence("000", 17, "θ_ema(t) = β × θ_ema(t-1) + (1-β) × θ(t)", kind="definition"),
     Sentence("000", 21, "Стандартный SGD сходится как O(1/√t)", ("sgd-root-rate-*",)),
     Sentence("000", 22, "SGD с Polyak averaging сходится как O(1/t)", ("polyak-rate-*",)),
-    Sentence("000", 25, "SGD «прыгает» вокруг оптимума из-за шума градиентов"),
+    Sentence("000", 25, "SGD «прыгает» вокруг оптимума из-за шума градиентов", ("ema-gains-from-gradient-noise-*",)),
     Sentence("000", 26, "EMA усредняет эти колебания", ("ema-reduces-spread-*",)),
     Sentence("000", 27, "Меньшая дисперсия → лучшая generalization", ("ema-optimal-lowers-loss-*",)),
     Sentence("000", 32, "Variance: O(σ²/t) без EMA, O(σ²/t²) с EMA", ("variance-*",)),
@@ -198,7 +198,12 @@ SENTENCES = (
         "003", 108, "Чем длиннее обучение, тем ближе decay к 1", ("ema-best-decay-grows-*", "best-horizon-grows-*")
     ),
     Sentence("003", 115, "compute_optimal_decay(total_steps=10000) # ~0.9993", kind="tested"),
-    Sentence("003", 111, "Автоматический расчёт decay", ("ema-optimal-near-best*", "optimal-decay-at-*")),
+    Sentence(
+        "003",
+        111,
+        "Автоматический расчёт decay",
+        ("ema-optimal-near-best*", "optimal-decay-at-*", "ema-best-length-is-a-share-*"),
+    ),
     Sentence("003", 146, "EMA требует дополнительную память: ~размер модели", ("ema-extra-memory",)),
     Sentence("003", 156, "Когда применять EMA: после обучения, на eval", kind="advice"),
     Sentence("003", 162, "Работает с любыми моделями, LoRA/QLoRA, distributed, checkpointing", kind="tested"),

@@ -1,9 +1,10 @@
 """Figures of an experiment from its records: ``python -m analysis.figures [experiment]``.
 
-Serves the section «EMA» of THEORY.md: what an average of the weights gains against the raw weights, over the length of
-the average (``analysis.rates`` has the figure of the exact worlds, ``analysis.freezing`` that of frozen layers). The
-difference is paired within seed before it is averaged, so the intervals are those of the difference; the spread between
-seeds that both arms share has no part in them.
+Serves the section «EMA» of THEORY.md: what an average of the weights gains against the raw weights, over the length
+of the average (``analysis.lengths`` has that of lengths chosen after the run, ``analysis.rates`` the figure of the
+exact worlds, ``analysis.freezing`` that of frozen layers). The difference is paired within seed before it is
+averaged, so the intervals are those of the difference; the spread between seeds that both arms share has no part in
+them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from analysis.estimands import CannotEstimate
 from analysis.evidence import in_order, is_default
 from analysis.formatting import ENGLISH
 from analysis.freezing import draw_freezing
+from analysis.lengths import draw_lengths, has_lengths
 from analysis.load import Campaign, load_campaigns
 from analysis.pareto import draw_pareto
 from analysis.rates import draw_rates
@@ -91,6 +93,9 @@ DRAWN: dict[str, Callable[[Campaign], Figure]] = {
     "lora_scaling": draw_scaling,
 }
 """Experiments with a figure of their own kind."""
+
+WITH_LENGTHS = ("ema_ablation", "ema_conditions")
+"""Experiments with a figure of averaging lengths, in a file of its own."""
 
 FLOOR = 0.3
 """Height of the strip, as a share of a panel, that holds what lies below the axis and the shares."""
@@ -235,22 +240,35 @@ def to_png(figure: Figure) -> bytes:
 
 
 def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:
-    """One PNG per evidence campaign: ``<experiment>_<scale>.png``; settings of one's own add the campaign id.
+    """PNGs per evidence campaign: ``<experiment>_<scale>.png``, and ``<experiment>_lengths_<scale>.png`` of averages.
+
+    Settings of one's own add the campaign id.
 
     Returns:
         The paths; none where there is no evidence or the experiment declares no figure.
     """
-    if experiment not in FIGURES and experiment not in DRAWN:
+    if not {experiment} & {*FIGURES, *DRAWN, *WITH_LENGTHS}:
         return []
     paths = []
     for campaign in in_order(load_campaigns(results, experiment)[0]):
-        path = out / f"{experiment}_{campaign.scale}{_suffix(campaign)}.png"
-        figure = draw(campaign, FIGURES[experiment]) if experiment in FIGURES else DRAWN[experiment](campaign)
-        png = to_png(figure)
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png)
-        paths.append(path)
+        for kind, figure in _figures_of(campaign):
+            path = out / f"{experiment}{kind}_{campaign.scale}{_suffix(campaign)}.png"
+            png = to_png(figure)
+            out.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png)
+            paths.append(path)
     return paths
+
+
+def _figures_of(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
+    """What a figure adds to the name of its file, and the figure."""
+    name = campaign.experiment
+    if name in FIGURES:
+        yield "", draw(campaign, FIGURES[name])
+    if name in DRAWN:
+        yield "", DRAWN[name](campaign)
+    if name in WITH_LENGTHS and has_lengths(campaign):
+        yield "_lengths", draw_lengths(campaign)
 
 
 def _suffix(campaign: Campaign) -> str:

@@ -61,8 +61,8 @@ Schedule = Literal["constant", "cosine"]
 
 EMA_BYTES = Metric("ema_extra_bytes", "bytes", "minimize")
 PARAMETER_BYTES = Metric("averaged_param_bytes", "bytes", "none")
-BEST_LENGTH = Metric("best_sigma_rel", "1", "none")
-"""Averaging length that validation chose, where it is not an end of the grid."""
+CHOSEN_LENGTH = Metric("chosen_sigma_rel", "1", "none")
+"""Averaging length of an arm; the condition ``inside`` is False at an end of the grid, where it is a mere bound."""
 
 _NEARBY = 2.05
 """Lengths within this factor of the chosen one are near it: 2, and what the rounding of the grid takes."""
@@ -226,17 +226,16 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
 
 
 def _observe_choice(into: Measurements, losses: dict[str, dict[float, float]], steps: int) -> None:
-    """The length that validation chose, the worst near it, and the best length where it lies inside the grid."""
+    """The length that validation chose, and the worst near it."""
     if into.diverged:
         return
     validation, test = losses["validation"], losses["test"]
     widths, chosen = list(test), min(validation, key=validation.__getitem__)
     near = [width for width in widths if 1 / _NEARBY < width / chosen < _NEARBY]
     for arm, width in (("posthoc_chosen", chosen), ("posthoc_nearby", max(near, key=test.__getitem__))):
-        row = Observation.of(EVAL_LOSS, test[width], steps, split="test", arm=arm, length_of_arm=width)
-        into.observations.append(row)
-    if widths[0] < chosen < widths[-1]:  # at an end it is a bound of the best length, not its value
-        into.observations.append(Observation.of(BEST_LENGTH, chosen, steps))
+        inside = widths[0] < width < widths[-1]
+        for metric, value, told in ((EVAL_LOSS, test[width], {}), (CHOSEN_LENGTH, width, {"inside": inside})):
+            into.observations.append(Observation.of(metric, value, steps, split="test", arm=arm, **told))
 
 
 def _track(spec: TrialSpec) -> Track:
@@ -429,6 +428,7 @@ def _curve_claims(schedule: Schedule) -> list[Claim]:
     """What the whole curve says; the thresholds are those of the sentences above, and 10 % that the design promises."""
     claim = partial(_claim, schedule)
     main, longest = {"track": "main", "schedule": schedule}, {"track": "length", "schedule": schedule, "steps": 10_000}
+    inside = [{"steps": steps, "inside": True} for steps in (10_000, 1_000)]
     claims = [
         claim(
             "ema-chosen-length-lowers-loss",
@@ -441,7 +441,7 @@ def _curve_claims(schedule: Schedule) -> list[Claim]:
             "ema-best-length-is-a-share-of-the-run",
             "Лучшая длина усреднения — одна и та же доля обучения (1 000 и 10 000 шагов: различие менее чем вдвое)",
             "seed 003, «Автоматический расчёт»: период полураспада — десятая часть обучения",
-            Ratio(BEST_LENGTH.name, {"steps": 10_000}, {"steps": 1_000}, {"track": "length", "schedule": schedule}),
+            Ratio(CHOSEN_LENGTH.name, *inside, {"track": "length", "schedule": schedule, **_CHOSEN}),
             Region(low=0.5, high=2.0),
         ),
         claim(
