@@ -29,18 +29,21 @@ def texts(figure: Any) -> str:
 
 def test_regenerates_byte_for_byte(tmp_path: Path, make_record: Any) -> None:
     write_campaign(tmp_path, make_record, "laptop")
-    (first,) = write_figures(NAME, tmp_path, tmp_path / "a")
-    (second,) = write_figures(NAME, tmp_path, tmp_path / "b")
-    assert first.name == "ema_ablation_laptop.png"
-    assert first.read_bytes().startswith(PNG)
-    assert first.read_bytes() == second.read_bytes()
+    firsts = write_figures(NAME, tmp_path, tmp_path / "a")
+    seconds = write_figures(NAME, tmp_path, tmp_path / "b")
+    assert [first.name for first in firsts] == ["ema_ablation_laptop.png", "ema_ablation_lengths_laptop.png"]
+    for first, second in zip(firsts, seconds, strict=True):
+        assert first.read_bytes().startswith(PNG)
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_own_settings_do_not_take_the_name_of_the_default(tmp_path: Path, make_record: Any) -> None:
     write_campaign(tmp_path, make_record, "laptop")
     other = write_campaign(tmp_path, make_record, "laptop", model="gpt2")
     names = {path.name for path in write_figures(NAME, tmp_path, tmp_path / "figures")}
-    assert names == {"ema_ablation_laptop.png", f"ema_ablation_laptop_{other[0].spec.campaign_id}.png"}
+    own = other[0].spec.campaign_id
+    kinds = ("ema_ablation_laptop", "ema_ablation_lengths_laptop")
+    assert names == {f"{kind}{suffix}.png" for kind in kinds for suffix in ("", f"_{own}")}
 
 
 def test_smoke_and_undeclared_experiments_have_no_figure(tmp_path: Path, make_record: Any) -> None:

@@ -103,7 +103,7 @@ def test_csv_is_tidy(tmp_path: Path, make_record: Any) -> None:
     write_campaign(tmp_path, make_record, "laptop")
     text = write_tables(NAME, tmp_path, tmp_path)[1].read_text(encoding="utf-8")
     frame = pd.read_csv(io.StringIO(text))
-    assert len(frame) == 2 * 6, "two schedules, six arms"
+    assert len(frame) == 2 * (6 + 12 + 2), "two schedules; six arms, twelve lengths, the chosen one, the worst near it"
     assert set(frame["scale"]) == {"laptop"}
     assert frame.loc[frame["arm"] == "raw", "relative_reduction"].isna().all()
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from experiments.ema_ablation import EXPERIMENT, SCALES, trials
+from experiments.harness.averaging import LENGTHS, posthoc_arm
 from forge.ema import EMAModel, compute_optimal_decay
 
+ARMS = ("initial", "raw", "ema_0.99", "ema_0.999", "ema_0.9999", "ema_optimal")
 TINY = {"batch_size": 2, "validation_blocks": 2, "test_blocks": 4, "late_evaluations": 2}
 
 
@@ -80,8 +82,10 @@ def test_arms_of_a_seed_are_paired_and_seeds_differ(measure):
 def test_the_same_trial_twice_is_bitwise_the_same(measure):
     (spec,) = specs()
     first, second = measure(spec), measure(spec)
-    for part in ("observations", "examples", "checks", "digests", "tokens"):
+    for part in ("examples", "checks", "digests", "tokens"):
         assert getattr(first, part) == getattr(second, part)
+    timeless = [[row for row in measured.observations if row.unit != "s"] for measured in (first, second)]
+    assert timeless[0] == timeless[1]
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +97,61 @@ def measured(tmp_path_factory):
 def test_every_arm_is_evaluated_with_its_conditions(measured):
     rows = [o.model_dump() for o in measured.observations]
     tests = {row["arm"]: row for row in rows if row.get("split") == "test" and row["metric"] == "eval_loss"}
-    assert set(tests) == {"initial", "raw", "ema_0.99", "ema_0.999", "ema_0.9999", "ema_optimal"}
+    lengths = {posthoc_arm(width) for width in LENGTHS}
+    assert set(tests) == {*ARMS, *lengths, "posthoc_chosen", "posthoc_nearby"}
     assert tests["raw"]["horizon_steps"] == 1 and tests["initial"]["step"] == 0
     assert tests["ema_0.99"]["decay"] == 0.99
     assert tests["ema_0.99"]["horizon_steps"] == pytest.approx(100)
     assert tests["ema_0.99"]["initial_weight_share"] == pytest.approx(0.99**6)
     assert tests["ema_optimal"]["decay"] == compute_optimal_decay(6)
     late = [(row["arm"], row["step"]) for row in rows if row.get("split") == "validation"]
-    assert sorted(late) == sorted((arm, step) for arm in tests if arm != "initial" for step in (4, 6))
+    followed = [(arm, step) for arm in ARMS if arm != "initial" for step in (4, 6)]
+    assert sorted(late) == sorted([*followed, *((arm, 6) for arm in lengths)])
+
+
+def test_lengths_are_recorded_with_what_they_are(measured):
+    rows = [o.model_dump() for o in measured.observations if o.metric == "eval_loss"]
+    curve = {row["sigma_rel"]: row for row in rows if "sigma_rel" in row and row["split"] == "test"}
+    assert tuple(sorted(curve)) == LENGTHS
+    ages = [curve[width]["mean_age_steps"] for width in LENGTHS]
+    assert ages == sorted(ages) and ages[0] >= 1 and ages[-1] < 3.5, "the uniform average of six steps is 3.5 old"
+    assert all(0 <= row["profile_error"] < 0.1 for row in curve.values()), "three snapshots in six steps"
+    losses = [curve[width]["value"] for width in LENGTHS]
+    raw, initial = (values(measured, metric="eval_loss", split="test")[arm] for arm in (("raw", 6), ("initial", 0)))
+    assert losses[0] == pytest.approx(raw, rel=1e-3) and losses == sorted(losses), "so short a run: longer is older"
+    assert losses[-1] < initial
+
+
+def test_the_chosen_length_is_best_on_validation_and_the_worst_is_near_it(measured):
+    loss = values(measured, metric="eval_loss", split="validation")
+    of_width = {width: loss[posthoc_arm(width), 6] for width in LENGTHS}
+    chosen, nearby = (
+        values(measured, metric="chosen_sigma_rel")[arm, 6] for arm in ("posthoc_chosen", "posthoc_nearby")
+    )
+    assert of_width[chosen] == min(of_width.values())
+    tested = values(measured, metric="eval_loss", split="test")
+    near = [width for width in LENGTHS if 0.49 < width / chosen < 2.04]
+    assert tested["posthoc_nearby", 6] == max(tested[posthoc_arm(width), 6] for width in near)
+    assert nearby in near and tested["posthoc_chosen", 6] == tested[posthoc_arm(chosen), 6]
+    (inside,) = (
+        o.inside for o in measured.observations if o.metric == "chosen_sigma_rel" and o.arm == "posthoc_chosen"
+    )
+    assert inside == (LENGTHS[0] < chosen < LENGTHS[-1])
+
+
+def test_what_the_curve_misses_and_costs_is_recorded(measured):
+    distance = values(measured, metric="distance_to_followed")
+    assert 0 < distance["posthoc", 6] < 0.2 * distance["raw", 6]
+    seconds = {o.part: o.value for o in measured.observations if o.metric == "run_part_sec"}
+    assert 0 < seconds["following"] < seconds["curve"] and seconds["steps"] > 0
+    names = {check.name for check in measured.checks}
+    assert {"curve_updates", "curve_snapshots", "curve_equals_raw"} <= names
 
 
 def test_losses_lie_between_those_of_the_initial_and_the_raw_weights(measured):
     """What the formula says of so short a run: the longer the memory, the nearer to the initial weights."""
-    loss = {arm: value for (arm, _), value in values(measured, metric="eval_loss", split="test").items()}
+    tested = values(measured, metric="eval_loss", split="test")
+    loss = {arm: value for (arm, _), value in tested.items() if not arm.startswith("posthoc")}
     order = ["raw", "ema_optimal", "ema_0.99", "ema_0.999", "ema_0.9999", "initial"]
     assert sorted(loss, key=loss.get) == order
 
@@ -171,5 +217,5 @@ def test_a_loss_that_is_not_a_number_is_a_divergence_on_record(inline_cli, small
     assert inline_cli(*small, "--learning-rate", "1e30", "--length.learning-rate", "1e30") == 4
     records = read_all(tmp_path / "results")
     assert {record["status"] for record in records.values()} == {"diverged"}
-    assert all("the test loss of arm" in record["error"] for record in records.values())
+    assert all("loss of arm" in record["error"] for record in records.values())
     assert "0 of 2 planned trials succeeded (2 diverged)" in capsys.readouterr().out
