@@ -67,7 +67,7 @@ def draw_lengths(campaign: Campaign) -> Figure:
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False, fontsize=9.5)
     figure.suptitle(
         f"What an average of each length gains · {campaign.scope}\nBands: 95% t-intervals of the difference paired "
-        "within seed, not adjusted for the number of lengths. Ring: the best mean of a line. Shaded: +1% or more.",
+        "within seed, not adjusted for\nthe number of lengths. Ring: the best mean of a line. Shaded: +1% or more.",
         x=0.01,
         ha="left",
         fontsize=11.5,

@@ -157,7 +157,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
     "laptop": "about 12 min on 2 cores",
-    "cpu": "about 1.5 h on 2 cores with --workers 2",
+    "cpu": "about 2 h on 2 cores with --workers 2 (estimated)",
     "gpu": "planned for 30 min on one 80 GB GPU with --workers 3; not yet measured",
     "paper": "days on one 80 GB GPU; not yet measured",
 }

@@ -54,13 +54,13 @@ def _pretrained_curve() -> AveragingCurve:
 class Cells(CausalLMRun):
     """The base cell, and what each of the others changes in it."""
 
-    steps: int = 3_000
+    steps: int = 2_000
     """Optimizer steps."""
-    small_data_blocks: int = 512
+    small_data_blocks: int = 384
     """Training blocks of the cell with little data; the others have the whole corpus."""
     high_learning_rate: float = 5e-3
     """Learning rate of the cell with a high one."""
-    long_steps: int = 10_000
+    long_steps: int = 8_000
     """Optimizer steps of the long cell."""
     large_batch_size: int = 16
     """Blocks per optimizer step of the cell with a large batch."""
@@ -153,7 +153,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
     "laptop": "about 12 min on 2 cores",
-    "cpu": "about 1 h 45 min on 2 cores with --workers 2",
+    "cpu": "about 2.5 h on 2 cores with --workers 2 (estimated)",
     "gpu": "planned for 30 min on one 80 GB GPU with --workers 4; not yet measured",
 }
 

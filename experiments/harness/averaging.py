@@ -20,7 +20,7 @@ LENGTHS = tuple(float(f"{0.25 * 2 ** (-i / 3):.3g}") for i in reversed(range(12)
 
 FOLLOWED = (0.025, 0.15)
 """Widths of the two averages that are followed. With ten snapshots, the profiles of ``LENGTHS`` at the end of the run
-come out of them within 10 % (a property of the profiles, whatever the run); with the widths 0.05 and 0.10 of the paper,
+come out of them within 11 % (a property of the profiles, whatever the run); with the widths 0.05 and 0.10 of the paper,
 which stores far more snapshots, the shortest would be 20 % off."""
 
 
