@@ -214,12 +214,12 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     )
     _observe(measurements, steps, arms, losses, outcome)
     _observe_memory(measurements, steps, model)
-    curve.observe_error(measurements, model, initial, ema, arms["ema_optimal"])
+    curve.observe_error(measurements, steps, model, initial, ema, arms["ema_optimal"])
     training_sec, evaluation_sec = outcome.training_sec, before_sec + outcome.evaluation_sec + after_sec
     del outcome, ema, averaged, initial  # the averages of the curve take the room of these and of the optimizer
     gc.collect()
     _observe_choice(measurements, curve.observe(measurements, track, ingredients, steps), steps)
-    curve.observe_seconds(measurements)
+    curve.observe_seconds(measurements, steps)
     measurements.seconds = {"training": training_sec, "evaluation": evaluation_sec + curve.evaluation_sec}
     measurements.seconds["overhead"] = max(0.0, time.monotonic() - began - sum(measurements.seconds.values()))
     return measurements

@@ -209,7 +209,7 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     for step in plan.evaluate_at:
         context.report(run.steps, run.steps, phase=f"curve at step {step}")
         curve.observe(measurements, run, ingredients, step)
-    curve.observe_seconds(measurements)
+    curve.observe_seconds(measurements, run.steps)
     measurements.checks = _checks(spec, run, outcome, curve, measurements, len(data))
     evaluation_sec = outcome.evaluation_sec + curve.evaluation_sec
     measurements.seconds = {"training": outcome.training_sec, "evaluation": evaluation_sec}

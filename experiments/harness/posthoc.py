@@ -157,14 +157,20 @@ class CurveCallback(PostHocEMACallback):
         return losses
 
     def observe_error(
-        self, into: Measurements, model: nn.Module, initial: Mapping[str, Tensor], followed: EMACallback, decay: float
+        self,
+        into: Measurements,
+        step: int,
+        model: nn.Module,
+        initial: Mapping[str, Tensor],
+        followed: EMACallback,
+        decay: float,
     ) -> None:
         """Add how far an exponential average put together afterwards is from the followed one, and the raw weights.
 
         The followed one began at the initial weights and holds decay^steps of them, so as much is put into the other
         one too. It saw every step, the other one did not: that, the profile and the half precision are the error.
         """
-        wanted, step = followed.ema.averages(decay), self.ema.step
+        wanted = followed.ema.averages(decay)
         found = reconstruct(self.snapshots, decay=decay, step=step)
         for name, average in found.averages.items():
             average.lerp_(initial[name].to(average), decay**step)
@@ -174,11 +180,11 @@ class CurveCallback(PostHocEMACallback):
                 Observation.of(WEIGHT_DISTANCE, weight_distance(weights, wanted), step, arm=arm, decay=decay, **told)
             )
 
-    def observe_seconds(self, into: Measurements) -> None:
+    def observe_seconds(self, into: Measurements, step: int) -> None:
         """Add what the steps, following and the whole curve took."""
         parts = {**self.seconds, "curve": self.seconds["following"] + self.reconstruction_sec}
         for part, seconds in parts.items():
-            into.observations.append(Observation.of(PART_SEC, seconds, self.ema.step, part=part))
+            into.observations.append(Observation.of(PART_SEC, seconds, step, part=part))
 
     def checks(self, model: nn.Module, steps: int) -> list[ManipulationCheck]:
         """The averages were updated and stored as planned, and the longer one is not the weights themselves."""

@@ -9,7 +9,9 @@ import torch
 
 from experiments.ema_ablation import EXPERIMENT, SCALES, trials
 from experiments.harness.averaging import LENGTHS, posthoc_arm
+from experiments.harness.experiment import Preempted
 from forge.ema import EMAModel, compute_optimal_decay
+from tests.experiments import stopping
 
 ARMS = ("initial", "raw", "ema_0.99", "ema_0.999", "ema_0.9999", "ema_optimal")
 TINY = {"batch_size": 2, "validation_blocks": 2, "test_blocks": 4, "late_evaluations": 2}
@@ -107,6 +109,17 @@ def test_every_arm_is_evaluated_with_its_conditions(measured):
     late = [(row["arm"], row["step"]) for row in rows if row.get("split") == "validation"]
     followed = [(arm, step) for arm in ARMS if arm != "initial" for step in (4, 6)]
     assert sorted(late) == sorted([*followed, *((arm, 6) for arm in lengths)])
+
+
+def test_an_interrupted_trial_measures_the_same(measured, tmp_path):
+    (spec,) = specs()
+    with pytest.raises(Preempted):
+        EXPERIMENT.run_trial(spec, stopping.Context(tmp_path, stop_at=4))
+    resumed = EXPERIMENT.run_trial(spec, Context(tmp_path))
+    for part in ("examples", "checks", "digests", "tokens"):
+        assert getattr(resumed, part) == getattr(measured, part)
+    timeless = [[row for row in each.observations if row.unit != "s"] for each in (resumed, measured)]
+    assert timeless[0] == timeless[1]
 
 
 def test_lengths_are_recorded_with_what_they_are(measured):
