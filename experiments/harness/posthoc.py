@@ -19,7 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from experiments.harness import causal_lm, classification
 from experiments.harness.averaging import FOLLOWED, AveragingCurve, posthoc_arm
 from experiments.harness.classification import ACCURACY, CLASSIFIER_LOSS, ClassificationRun
-from experiments.harness.mechanics import synchronize
+from experiments.harness.cost import synchronize
 from experiments.harness.record import EVAL_LOSS, ManipulationCheck, Measurements, Metric, Observation
 from experiments.harness.tasks import Run
 from forge.ema import EMACallback
