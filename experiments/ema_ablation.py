@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from experiments.harness.averaging import SMOKE_CURVE, AveragingCurve
+from experiments.harness.averaging import CHOSEN_LENGTH, SMOKE_CURVE, AveragingCurve, observe_choice
 from experiments.harness.causal_lm import CausalLMRun, losses_on_test, observe, prepare
 from experiments.harness.claims import (
     ArgBestShift,
@@ -37,9 +36,9 @@ from experiments.harness.claims import (
     Region,
     Regret,
     RelativeReduction,
-    SpreadReduction,
 )
 from experiments.harness.experiment import Experiment, TrialContext, UserError
+from experiments.harness.late_losses import LATE_SPREAD, late_steps, observe_late_losses
 from experiments.harness.record import (
     EVAL_LOSS,
     ManipulationCheck,
@@ -61,11 +60,6 @@ Schedule = Literal["constant", "cosine"]
 
 EMA_BYTES = Metric("ema_extra_bytes", "bytes", "minimize")
 PARAMETER_BYTES = Metric("averaged_param_bytes", "bytes", "none")
-CHOSEN_LENGTH = Metric("chosen_sigma_rel", "1", "none")
-"""Averaging length of an arm; the condition ``inside`` is False at an end of the grid, where it is a mere bound."""
-
-_NEARBY = 2.05
-"""Lengths within this factor of the chosen one are near it: 2, and what the rounding of the grid takes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,8 @@ class Track(CausalLMRun):
     decays: tuple[float, ...] = (0.99, 0.999, 0.9999)
     """EMA decays, followed beside compute_optimal_decay(steps)."""
     late_evaluations: int = 6
-    """Evaluations on the validation split, evenly spread over the second half of the run."""
+    """Evaluations on the validation split, evenly spread over the second half of the run; of fewer than 4 no spread of
+    the losses is taken."""
     curve: AveragingCurve = field(default_factory=AveragingCurve)
     """The curve of loss against averaging length."""
 
@@ -218,24 +213,11 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     training_sec, evaluation_sec = outcome.training_sec, before_sec + outcome.evaluation_sec + after_sec
     del outcome, ema, averaged, initial  # the averages of the curve take the room of these and of the optimizer
     gc.collect()
-    _observe_choice(measurements, curve.observe(measurements, track, ingredients, steps), steps)
+    observe_choice(measurements, curve.observe(measurements, track, ingredients, steps), steps)
     curve.observe_seconds(measurements, steps)
     measurements.seconds = {"training": training_sec, "evaluation": evaluation_sec + curve.evaluation_sec}
     measurements.seconds["overhead"] = max(0.0, time.monotonic() - began - sum(measurements.seconds.values()))
     return measurements
-
-
-def _observe_choice(into: Measurements, losses: dict[str, dict[float, float]], steps: int) -> None:
-    """The length that validation chose, and the worst near it."""
-    if into.diverged:
-        return
-    validation, test = losses["validation"], losses["test"]
-    widths, chosen = list(test), min(validation, key=validation.__getitem__)
-    near = [width for width in widths if 1 / _NEARBY < width / chosen < _NEARBY]
-    for arm, width in (("posthoc_chosen", chosen), ("posthoc_nearby", max(near, key=test.__getitem__))):
-        inside = widths[0] < width < widths[-1]
-        for metric, value, told in ((EVAL_LOSS, test[width], {}), (CHOSEN_LENGTH, width, {"inside": inside})):
-            into.observations.append(Observation.of(metric, value, steps, split="test", arm=arm, **told))
 
 
 def _track(spec: TrialSpec) -> Track:
@@ -254,15 +236,9 @@ def _plan(spec: TrialSpec, track: Track) -> TrainingPlan:
         spec.seed,
         steps,
         str(spec.factors["schedule"]),
-        evaluate_at=_late_steps(steps, track.late_evaluations),
+        evaluate_at=late_steps(steps, track.late_evaluations),
         checkpoint_every=steps // 4 if steps >= 1_000 else None,
     )
-
-
-def _late_steps(steps: int, count: int) -> tuple[int, ...]:
-    """``count`` steps evenly spread over the second half of the run, the last step among them."""
-    half = steps / 2
-    return tuple(sorted({max(1, round(half + half * (i + 1) / count)) for i in range(count)}))
 
 
 def _observe(
@@ -279,12 +255,7 @@ def _observe(
     for arm, held_out in losses.items():
         observe(into, held_out, EVAL_LOSS, 0 if arm == "initial" else steps, **conditions[arm])
     keys = {"raw": "eval_loss"} | {arm: f"eval_ema_{decay_label(decay)}_loss" for arm, decay in arms.items()}
-    for row in outcome.evaluations:
-        for arm, key in keys.items():
-            if key in row and math.isfinite(row[key]):
-                into.observations.append(
-                    Observation.of(EVAL_LOSS, row[key], int(row["step"]), split="validation", **conditions[arm])
-                )
+    observe_late_losses(into, outcome.evaluations, keys, conditions, steps)
 
 
 def _arm_conditions(arm: str, decay: float | None, steps: int) -> dict[str, Any]:
@@ -346,7 +317,7 @@ def _checks(
 _LOSS, _RAW, _OPTIMAL = EVAL_LOSS.name, {"arm": "raw"}, {"arm": "ema_optimal"}
 _GUIDE = tuple({"arm": f"ema_{decay}"} for decay in ("0.99", "0.999", "0.9999"))
 _GAIN, _NO_WORSE, _AT_MOST_HALF = Region(low=0.01), Region(high=0.0), Region(high=0.005)
-_CHOSEN, _TENTH = {"arm": "posthoc_chosen"}, Region(high=0.1)
+_CHOSEN, _TENTH, _SMALLER = {"arm": "posthoc_chosen"}, Region(high=0.1), Region(high=1.0)
 
 
 def _claim(schedule: Schedule, id: str, statement: str, source: str, estimand: Estimand, region: Region) -> Claim:
@@ -383,8 +354,8 @@ def _fine_tuning_claims(schedule: Schedule) -> list[Claim]:
             "ema-reduces-spread",
             "EMA с compute_optimal_decay(T) уменьшает разброс eval loss между поздними чекпоинтами",
             "seed 003, «Почему EMA работает?»; seed 000, «EMA усредняет эти колебания»",
-            SpreadReduction(_LOSS, _OPTIMAL, _RAW, late),
-            Region(low=0.0),
+            Ratio(LATE_SPREAD.name, _OPTIMAL, _RAW, late),
+            _SMALLER,
         ),
     ]
 
@@ -399,7 +370,14 @@ def _length_claims(schedule: Schedule) -> list[Claim]:
             "seed 003, «Выбор decay», «Правило»",
             ArgBestShift(_LOSS, "horizon_steps", {"steps": 1_000}, {"steps": 10_000}, length),
             Region(low=0.0),
-        )
+        ),
+        claim(
+            "ema-reduces-spread-long",
+            "EMA с compute_optimal_decay(T) уменьшает разброс eval loss между поздними чекпоинтами, 10 000 шагов",
+            "seed 003, «Почему EMA работает?»; seed 000, «EMA усредняет эти колебания»",
+            Ratio(LATE_SPREAD.name, _OPTIMAL, _RAW, {**length, "split": "validation", "steps": 10_000}),
+            _SMALLER,
+        ),
     ]
     grid = tuple({"arm": f"ema_{decay:g}"} for decay in _TINY_LENGTH.decays)
     for steps, best in ((1_000, {"arm": "ema_0.99"}), (10_000, {"arm": "ema_0.999"})):

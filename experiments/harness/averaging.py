@@ -11,6 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.harness.experiment import UserError
+from experiments.harness.record import EVAL_LOSS, Measurements, Metric, Observation
+
+CHOSEN_LENGTH = Metric("chosen_sigma_rel", "1", "none")
+"""Averaging length of an arm; the condition ``inside`` is False at an end of the grid, where it is a mere bound."""
+
+NEARBY = 2.05
+"""Lengths within this factor of the chosen one are near it: 2, and what the rounding of the grid takes."""
 
 WIDEST = 12**-0.5
 """σ_rel of the uniform average of the whole run."""
@@ -82,3 +89,22 @@ SMOKE_CURVE = AveragingCurve(snapshots=3, follow_every=1)
 def posthoc_arm(sigma_rel: float) -> str:
     """Name of the arm of a length: ``posthoc_0.125``."""
     return f"posthoc_{sigma_rel:g}"
+
+
+def observe_choice(into: Measurements, losses: Mapping[str, Mapping[float, float]], step: int) -> None:
+    """Add the length that validation chose, and the one near it that is worst on test.
+
+    Args:
+        into: gets the outcomes; nothing where a loss was not finite.
+        losses: by split, the loss of each length, in rising order.
+        step: the step up to which was averaged.
+    """
+    if into.diverged:
+        return
+    validation, test = losses["validation"], losses["test"]
+    widths, chosen = list(test), min(validation, key=validation.__getitem__)
+    near = [width for width in widths if 1 / NEARBY < width / chosen < NEARBY]
+    for arm, width in (("posthoc_chosen", chosen), ("posthoc_nearby", max(near, key=test.__getitem__))):
+        inside = widths[0] < width < widths[-1]
+        for metric, value, told in ((EVAL_LOSS, test[width], {}), (CHOSEN_LENGTH, width, {"inside": inside})):
+            into.observations.append(Observation.of(metric, value, step, split="test", arm=arm, **told))
