@@ -189,7 +189,7 @@ SENTENCES = (
     Sentence("003", 15, "EMA веса обычно дают лучшее качество на eval, чем финальные", ("ema-*-lowers-loss-*",)),
     Sentence("003", 23, "Веса «прыгают» между batch'ами: EMA усредняет изменения", ("ema-reduces-spread-*",)),
     Sentence("003", 24, "Шум в градиентах: сглаживание убирает шум", ("ema-reduces-spread-*",)),
-    Sentence("003", 25, "Последний batch был плохой: EMA помнит всю историю"),
+    Sentence("003", 25, "Последний batch был плохой: EMA помнит всю историю", ("ema-survives-a-bad-last-batch",)),
     Sentence("003", 27, "Типичное улучшение: +1–3 % на eval метриках", ("ema-*-lowers-loss-*",)),
     Sentence("003", 104, "~1 000 шагов: 0.99", ("ema-0.99-best-at-1000-*", "guide-decay-0.99-*")),
     Sentence("003", 105, "~10 000 шагов: 0.999", ("ema-0.999-best-at-10000-*", "guide-decay-0.999-*")),

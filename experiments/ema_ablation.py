@@ -13,6 +13,10 @@ after the run from the snapshots of two (arms ``posthoc_…``, with the length `
 arm ``posthoc_chosen`` is the length that validation chose; ``posthoc_nearby`` the worst, on test, of those within a
 factor of 2 of it. The error of putting together and the cost of the curve are outcomes with claims of their own, not
 conditions on which a trial is thrown away.
+
+A bad last batch: after the final evaluation of a fine-tuning run at a constant learning rate, one more optimizer step
+on a batch of random tokens, and what it costs raw and averaged weights; everything else is measured as if it had not
+been. Under cosine the last learning rate is 0, so that the last batch can do nothing at all, bad or good.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from experiments.harness.causal_lm import CausalLMRun, losses_on_test, observe, 
 from experiments.harness.claims import (
     ArgBestShift,
     Claim,
+    Difference,
     Estimand,
     ExactRatio,
     Ratio,
@@ -39,14 +44,7 @@ from experiments.harness.claims import (
 )
 from experiments.harness.experiment import Experiment, TrialContext, UserError
 from experiments.harness.late_losses import LATE_SPREAD, late_steps, observe_late_losses
-from experiments.harness.record import (
-    EVAL_LOSS,
-    ManipulationCheck,
-    Measurements,
-    Metric,
-    Observation,
-    TrialSpec,
-)
+from experiments.harness.record import EVAL_LOSS, ManipulationCheck, Measurements, Metric, Observation, TrialSpec
 from experiments.harness.training_run import unprefixed
 
 if TYPE_CHECKING:
@@ -180,6 +178,7 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
 
 def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     """Train once with all averages along the trajectory; evaluate every arm on the test split, then the curve."""
+    from experiments.harness.bad_batch import observe_bad_batch
     from experiments.harness.memory import memory_by_component
     from experiments.harness.posthoc import CurveCallback, copy_of_weights, with_evaluation_batch
     from experiments.harness.training import train
@@ -211,7 +210,13 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     _observe_memory(measurements, steps, model)
     curve.observe_error(measurements, steps, model, initial, ema, arms["ema_optimal"])
     training_sec, evaluation_sec = outcome.training_sec, before_sec + outcome.evaluation_sec + after_sec
-    del outcome, ema, averaged, initial  # the averages of the curve take the room of these and of the optimizer
+    del initial
+    if (spec.factors["track"], spec.factors["schedule"]) == ("main", "constant") and not measurements.diverged:
+        # It needs the optimizer and the averages, so it comes before the curve, and nothing later reads either of them.
+        evaluation_sec += observe_bad_batch(
+            measurements, tested, ingredients, outcome.trainer, ema, arms["ema_optimal"], losses
+        )
+    del outcome, ema, averaged  # the averages of the curve take the room of these and of the optimizer
     gc.collect()
     observe_choice(measurements, curve.observe(measurements, track, ingredients, steps), steps)
     curve.observe_seconds(measurements, steps)
@@ -450,12 +455,24 @@ def _curve_claims(schedule: Schedule) -> list[Claim]:
     return claims
 
 
+_BAD_BATCH = Claim(
+    "ema-survives-a-bad-last-batch",
+    "Последний batch был плохой: сырые веса теряют больше, чем EMA с compute_optimal_decay(T), "
+    "не менее чем на 0,5 процентного пункта eval loss (при постоянном learning rate)",
+    "ema",
+    "seed 003, «Почему EMA работает?»: «Последний batch был плохой», «EMA помнит всю историю»",
+    Difference("bad_batch_loss_rise", _RAW, _OPTIMAL, {"track": "main", "schedule": "constant"}),
+    Region(low=0.005),
+)
+"""Half a percentage point is what «больше» means in ``ema_conditions`` too."""
+
 CLAIMS = (
     *(
         claim
         for schedule in ("constant", "cosine")
         for claim in (*_fine_tuning_claims(schedule), *_length_claims(schedule), *_curve_claims(schedule))
     ),
+    _BAD_BATCH,
     Claim(
         "ema-extra-memory",
         "EMA требует дополнительно столько памяти, сколько занимают усредняемые веса (одна копия, веса в fp32)",
