@@ -43,7 +43,7 @@ from experiments.harness.claims import (
     RelativeReduction,
 )
 from experiments.harness.experiment import Experiment, TrialContext, UserError
-from experiments.harness.late_losses import LATE_SPREAD, late_steps, observe_late_losses
+from experiments.harness.late_losses import LOG_SPREAD, late_steps, observe_late_losses
 from experiments.harness.record import EVAL_LOSS, ManipulationCheck, Measurements, Metric, Observation, TrialSpec
 from experiments.harness.training_run import unprefixed
 
@@ -322,7 +322,7 @@ def _checks(
 _LOSS, _RAW, _OPTIMAL = EVAL_LOSS.name, {"arm": "raw"}, {"arm": "ema_optimal"}
 _GUIDE = tuple({"arm": f"ema_{decay}"} for decay in ("0.99", "0.999", "0.9999"))
 _GAIN, _NO_WORSE, _AT_MOST_HALF = Region(low=0.01), Region(high=0.0), Region(high=0.005)
-_CHOSEN, _TENTH, _SMALLER = {"arm": "posthoc_chosen"}, Region(high=0.1), Region(high=1.0)
+_CHOSEN, _TENTH = {"arm": "posthoc_chosen"}, Region(high=0.1)
 
 
 def _claim(schedule: Schedule, id: str, statement: str, source: str, estimand: Estimand, region: Region) -> Claim:
@@ -359,8 +359,8 @@ def _fine_tuning_claims(schedule: Schedule) -> list[Claim]:
             "ema-reduces-spread",
             "EMA с compute_optimal_decay(T) уменьшает разброс eval loss между поздними чекпоинтами",
             "seed 003, «Почему EMA работает?»; seed 000, «EMA усредняет эти колебания»",
-            Ratio(LATE_SPREAD.name, _OPTIMAL, _RAW, late),
-            _SMALLER,
+            Difference(LOG_SPREAD.name, _OPTIMAL, _RAW, late),
+            _NO_WORSE,
         ),
     ]
 
@@ -380,8 +380,8 @@ def _length_claims(schedule: Schedule) -> list[Claim]:
             "ema-reduces-spread-long",
             "EMA с compute_optimal_decay(T) уменьшает разброс eval loss между поздними чекпоинтами, 10 000 шагов",
             "seed 003, «Почему EMA работает?»; seed 000, «EMA усредняет эти колебания»",
-            Ratio(LATE_SPREAD.name, _OPTIMAL, _RAW, {**length, "split": "validation", "steps": 10_000}),
-            _SMALLER,
+            Difference(LOG_SPREAD.name, _OPTIMAL, _RAW, {**length, "split": "validation", "steps": 10_000}),
+            _NO_WORSE,
         ),
     ]
     grid = tuple({"arm": f"ema_{decay:g}"} for decay in _TINY_LENGTH.decays)

@@ -11,6 +11,10 @@ from experiments.harness.record import EVAL_LOSS, Measurements, Metric, Observat
 LATE_SPREAD = Metric("late_loss_spread", "nats/token", "minimize")
 """Residual standard deviation of an arm's late losses around their straight line, so that a loss that still falls does
 not count as scatter."""
+LOG_SPREAD = Metric("late_loss_log_spread", "log(nats/token)", "minimize")
+"""Its natural logarithm, for claims: a ratio of two spreads of so few losses is skewed and too large on average, and its
+t-intervals miss the truth far too often, with any number of seeds (``verdict_calibration``, ``spread_reduction``); the
+difference of their logarithms is symmetric."""
 
 _LEAST = 4
 """Fewest losses of which a spread is taken: two go into the line."""
@@ -55,6 +59,10 @@ def observe_late_losses(
                 return
             into.observations.append(Observation.of(EVAL_LOSS, loss, step, split="validation", **conditions[arm]))
         if len(losses) >= _LEAST:
-            into.observations.append(
-                Observation.of(LATE_SPREAD, residual_sd(losses), steps, split="validation", **conditions[arm])
-            )
+            spread = residual_sd(losses)
+            into.observations.append(Observation.of(LATE_SPREAD, spread, steps, split="validation", **conditions[arm]))
+            if spread > 0:  # it is 0 where nothing trains, and has no logarithm then
+                value = math.log(spread)
+                into.observations.append(
+                    Observation.of(LOG_SPREAD, value, steps, split="validation", **conditions[arm])
+                )
