@@ -68,7 +68,7 @@ class Track(CausalLMRun):
     """Run lengths in optimizer steps."""
     decays: tuple[float, ...] = (0.99, 0.999, 0.9999)
     """EMA decays, followed beside compute_optimal_decay(steps)."""
-    late_evaluations: int = 6
+    late_evaluations: int = 10
     """Evaluations on the validation split, evenly spread over the second half of the run; of fewer than 4 no spread of
     the losses is taken."""
     curve: AveragingCurve = field(default_factory=AveragingCurve)
