@@ -12,9 +12,9 @@ LATE_SPREAD = Metric("late_loss_spread", "nats/token", "minimize")
 """Residual standard deviation of an arm's late losses around their straight line, so that a loss that still falls does
 not count as scatter."""
 LOG_SPREAD = Metric("late_loss_log_spread", "log(nats/token)", "minimize")
-"""Its natural logarithm, for claims: a ratio of two spreads of so few losses is skewed and too large on average, and its
-t-intervals miss the truth far too often, with any number of seeds (``verdict_calibration``, ``spread_reduction``); the
-difference of their logarithms is symmetric."""
+"""Its natural logarithm, for claims: the ratio of two spreads of so few losses is skewed and too large on average, and
+with any number of seeds its t-intervals miss the truth more often than they promise (``verdict_calibration``); the
+difference of the logarithms is symmetric."""
 
 _LEAST = 4
 """Fewest losses of which a spread is taken: two go into the line."""

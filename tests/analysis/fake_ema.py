@@ -94,12 +94,21 @@ def _measure(spec: TrialSpec, gain: Mapping[str, float]) -> dict[str, Any]:
         noise = 0.03 if arm == "raw" else 0.005
         late = {steps * k // 8 for k in (4, 5, 6, 7, 8)}
         observations += [_row(arm, loss + rng.normal(0, noise), k, "validation", conditions) for k in sorted(late)]
+        for metric, unit, value in (
+            ("late_loss_spread", "nats/token", noise),
+            ("late_loss_log_spread", "log(nats/token)", math.log(noise) + rng.normal(0, 0.1)),
+        ):
+            observations.append({**_row(arm, value, steps, "validation", conditions), "metric": metric, "unit": unit})
         shifts = rng.normal((0.0, 0.2, 0.4), 0.004)
         examples += [
             ExampleOutcome(example=name, arm=arm, metric="eval_loss", value=loss + shift, tokens=900 + 100 * i)
             for i, (name, shift) in enumerate(zip(DOCUMENTS, shifts, strict=True))
         ]
     observations += _curve(rng, raw, steps, gain[schedule])
+    if (track, schedule) == ("main", "constant"):
+        for arm, rise in (("raw", 0.02), ("ema_optimal", 0.001)):
+            row = _row(arm, rise + rng.normal(0, 0.001), steps, "test", {})
+            observations.append({**row, "metric": "bad_batch_loss_rise", "unit": "1"})
     for metric in ("averaged_param_bytes", "ema_extra_bytes"):
         observations.append({"metric": metric, "unit": "bytes", "value": 538060416, "step": steps})
     return {"observations": observations, "examples": examples}

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
+import math
 
+import numpy as np
 import pytest
 import torch
 
+from analysis import formulas
 from experiments.ema_ablation import EXPERIMENT, SCALES, trials
+from experiments.harness import bad_batch
 from experiments.harness.averaging import LENGTHS, posthoc_arm
+from experiments.harness.causal_lm import prepare
+from experiments.harness.evaluation import held_out_loss
 from experiments.harness.experiment import Preempted
-from forge.ema import EMAModel, compute_optimal_decay
+from experiments.harness.late_losses import observe_late_losses, residual_sd
+from experiments.harness.posthoc import CurveCallback
+from experiments.harness.record import Measurements
+from forge.ema import EMACallback, EMAModel, compute_optimal_decay
 from tests.experiments import stopping
 
 ARMS = ("initial", "raw", "ema_0.99", "ema_0.999", "ema_0.9999", "ema_optimal")
@@ -167,6 +178,171 @@ def test_losses_lie_between_those_of_the_initial_and_the_raw_weights(measured):
     loss = {arm: value for (arm, _), value in tested.items() if not arm.startswith("posthoc")}
     order = ["raw", "ema_optimal", "ema_0.99", "ema_0.999", "ema_0.9999", "initial"]
     assert sorted(loss, key=loss.get) == order
+
+
+def test_a_spread_is_around_the_trend():
+    """Residuals (d, −d, −d, d) are orthogonal to every line over four even steps: sd² = 4 d² / 2."""
+    losses = {step: 3 - 0.01 * step + 0.02 * sign for step, sign in zip((5, 6, 7, 8), (1, -1, -1, 1), strict=True)}
+    assert residual_sd(losses) == pytest.approx(0.02 * math.sqrt(2), rel=1e-9)
+
+
+def test_the_spread_of_late_losses_is_that_of_the_recorded_ones(measure, measured):
+    found = measure(specs(steps=(12,), late_evaluations=5)[0])
+    late, spread, log = (
+        values(found, metric=metric, split="validation")
+        for metric in ("eval_loss", "late_loss_spread", "late_loss_log_spread")
+    )
+    assert set(spread) == set(log) == {(arm, 12) for arm in ARMS if arm != "initial"}
+    for arm, _ in spread:
+        losses = {step: loss for (of, step), loss in late.items() if of == arm}
+        expected = formulas.residual_sd(np.array([*losses], dtype=float), np.array([*losses.values()]))
+        assert len(losses) == 5 and spread[arm, 12] == pytest.approx(expected, rel=1e-6)
+        assert log[arm, 12] == math.log(spread[arm, 12])
+    assert values(measured, metric="late_loss_spread") == {}, "two losses have no spread around a line"
+
+
+def test_a_late_loss_that_is_not_a_number_is_a_divergence():
+    into, rows = Measurements(), [{"step": 4, "eval_loss": 2.0}, {"step": 5, "eval_loss": math.nan}]
+    observe_late_losses(into, rows, {"raw": "eval_loss"}, {"raw": {"arm": "raw"}}, 5)
+    assert into.diverged == "the validation loss of arm raw at step 5 is nan"
+
+
+def test_late_losses_without_spread_have_no_logarithm_of_it():
+    into, rows = Measurements(), [{"step": step, "eval_loss": 2.0} for step in range(4)]
+    observe_late_losses(into, rows, {"raw": "eval_loss"}, {"raw": {"arm": "raw"}}, 3)
+    assert [o.metric for o in into.observations] == ["eval_loss"] * 4 + ["late_loss_spread"]
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a spy saw of the bad batch."""
+
+    weights: list = dataclasses.field(default_factory=list)
+    """Before the step, after it, and after it is undone."""
+    average: dict = dataclasses.field(default_factory=dict)
+    """Before the step."""
+    expected: dict = dataclasses.field(default_factory=dict)
+    """After the step, by hand."""
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Looks on while the bad batch is taken, and takes the same step by hand on a copy."""
+    seen, observe, step_on = Seen(), bad_batch.observe_bad_batch, bad_batch.step_on
+
+    def observing(into, run, ingredients, trainer, ema, decay, before):
+        seen.average = {name: mean.clone() for name, mean in ema.ema.averages(decay).items()}
+        seconds = observe(into, run, ingredients, trainer, ema, decay, before)
+        seen.weights.append(copy.deepcopy(ingredients.model.state_dict()))
+        assert all(parameter.grad is None for parameter in ingredients.model.parameters())
+        return seconds
+
+    def stepping(trainer, batch):
+        seen.weights.append(copy.deepcopy(trainer.model.state_dict()))
+        seen.expected = by_hand(trainer, batch)
+        step_on(trainer, batch)
+        seen.weights.append(copy.deepcopy(trainer.model.state_dict()))
+
+    monkeypatch.setattr(bad_batch, "observe_bad_batch", observing)
+    monkeypatch.setattr(bad_batch, "step_on", stepping)
+    return seen
+
+
+def by_hand(trainer, batch):
+    """The weights after one step of AdamW on a batch, with clipping, from the state of the trainer's own."""
+    model = copy.deepcopy(trainer.model).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = copy.deepcopy(trainer.optimizer.state_dict())
+    order = {name: i for i, (name, _) in enumerate(named_in_groups(trainer))}
+    state["state"] = {i: state["state"][order[name]] for i, (name, _) in enumerate(model.named_parameters())}
+    state["param_groups"] = [{**state["param_groups"][0], "params": list(range(len(order)))}]
+    optimizer.load_state_dict(state)
+    assert state["param_groups"][0]["lr"] == SCALES["smoke"].main.learning_rate
+    logits = model(input_ids=batch).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return model.state_dict()
+
+
+def named_in_groups(trainer):
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    return [(names[id(p)], p) for group in trainer.optimizer.param_groups for p in group["params"]]
+
+
+def test_the_bad_batch_is_one_more_step_of_the_training_and_is_undone(measure, seen):
+    measure(specs()[0])
+    before, after, undone = seen.weights
+    for name, weight in seen.expected.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-7)
+        assert not torch.equal(after[name], before[name])
+        assert torch.equal(undone[name], before[name])
+
+
+def test_the_rise_is_what_a_second_evaluation_gives(measure, seen):
+    (spec,) = specs()
+    measured = measure(spec)
+    tested, rise = (values(measured, metric=m, split="test") for m in ("eval_loss", "bad_batch_loss_rise"))
+    assert set(rise) == {("raw", 6), ("ema_optimal", 6)}
+    decay, raw = compute_optimal_decay(6), seen.weights[1]
+    average = {name: decay * mean + (1 - decay) * raw[name] for name, mean in seen.average.items()}
+    main = dataclasses.replace(SCALES["smoke"].main, **TINY)
+    for arm, weights in (("raw", raw), ("ema_optimal", average)):
+        ingredients = prepare(main, spec.seed)
+        ingredients.model.load_state_dict(weights, strict=arm == "raw")
+        loss = held_out_loss(ingredients.model, ingredients.test, 4, bad_batch.nullcontext).loss
+        assert rise[arm, 6] == pytest.approx(loss / tested[arm, 6] - 1, abs=1e-6)
+
+
+def test_a_corrupted_batch_is_uniform_over_the_vocabulary_and_drawn_by_its_seed():
+    tokens = bad_batch.random_tokens(7, (1_000, 7), 3)
+    assert torch.equal(tokens, bad_batch.random_tokens(7, (1_000, 7), 3))
+    assert not torch.equal(tokens, bad_batch.random_tokens(7, (1_000, 7), 4))
+    counts = tokens.flatten().bincount()
+    assert len(counts) == 7 and all(abs(counts - 1_000) < 5 * math.sqrt(1_000)), "within five standard deviations"
+
+
+def test_everything_else_is_measured_as_if_the_bad_batch_had_not_been(measure, measured, monkeypatch):
+    monkeypatch.setattr(bad_batch, "observe_bad_batch", lambda *_: 0.0)
+    without = measure(specs()[0])
+    rows = [
+        [row for row in each.observations if row.unit != "s" and row.metric != "bad_batch_loss_rise"]
+        for each in (measured, without)
+    ]
+    assert rows[0] == rows[1] and len(measured.observations) == len(without.observations) + 2
+    for part in ("examples", "digests", "tokens", "memory_bytes"):
+        assert getattr(measured, part) == getattr(without, part)
+
+
+def test_a_bad_batch_that_moves_nothing_fails_the_trial(measure, monkeypatch):
+    monkeypatch.setattr(bad_batch, "step_on", lambda *_: None)
+    failed = [check.name for check in measure(specs()[0]).checks if not check.passed]
+    assert failed == ["bad_batch_moved_the_weights"]
+
+
+def test_only_fine_tuning_at_a_constant_rate_gets_a_bad_batch(measure):
+    cosine = measure(specs(("cosine",))[0])
+    (length,) = [s for s in trials(dataclasses.replace(SCALES["smoke"], seeds=1, schedules=("constant",)), "smoke")][
+        -1:
+    ]
+    assert length.factors["track"] == "length"
+    for measurements in (cosine, measure(length)):
+        assert values(measurements, metric="bad_batch_loss_rise") == {}
+
+
+def test_optimizer_and_averages_are_gone_when_the_curve_is_evaluated(measure, monkeypatch):
+    observe, held = CurveCallback.observe, (torch.optim.Optimizer, EMACallback)
+    before = {id(kept) for kept in gc.get_objects() if isinstance(kept, held)}
+    alive = []
+
+    def observing(self, *arguments):
+        objects = [kept for kept in gc.get_objects() if isinstance(kept, held) and id(kept) not in before]
+        alive.extend(type(kept).__name__ for kept in objects if kept is not self)
+        return observe(self, *arguments)
+
+    monkeypatch.setattr(CurveCallback, "observe", observing)
+    measure(specs()[0])
+    assert alive == []
 
 
 def test_documents_make_up_the_test_loss(measured):
