@@ -37,7 +37,7 @@ from analysis.rates import draw_rates
 from analysis.scaling import draw_scaling
 from analysis.style import CLAIMED, HUES, INK, MARKERS, MUTED, STYLE
 from analysis.tables import experiments_with_results, options_of
-from experiments.harness.experiment import UserError, experiment_names, load_experiment
+from experiments.harness.experiment import UserError, load_experiment
 
 LOW, HIGH = f"{REDUCTION}_low", f"{REDUCTION}_high"
 
@@ -235,15 +235,19 @@ def to_png(figure: Figure) -> bytes:
 
 
 def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:
-    """One PNG per evidence campaign: ``<experiment>_<scale>.png``; settings of one's own add the campaign id.
+    """One PNG per evidence campaign of the experiment's version: ``<experiment>_<scale>.png``.
+
+    Settings of one's own add the campaign id.
 
     Returns:
         The paths; none where there is no evidence or the experiment declares no figure.
     """
     if experiment not in FIGURES and experiment not in DRAWN:
         return []
-    paths = []
+    paths, version = [], load_experiment(experiment).version
     for campaign in in_order(load_campaigns(results, experiment)[0]):
+        if campaign.version != version:
+            continue
         path = out / f"{experiment}_{campaign.scale}{_suffix(campaign)}.png"
         figure = draw(campaign, FIGURES[experiment]) if experiment in FIGURES else DRAWN[experiment](campaign)
         png = to_png(figure)
@@ -254,8 +258,7 @@ def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:
 
 
 def _suffix(campaign: Campaign) -> str:
-    known = campaign.experiment in experiment_names()
-    return "" if known and is_default(load_experiment(campaign.experiment), campaign) else f"_{campaign.campaign_id}"
+    return "" if is_default(load_experiment(campaign.experiment), campaign) else f"_{campaign.campaign_id}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
