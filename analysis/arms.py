@@ -126,7 +126,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "monitor_detection": Layout(
         metric="detected",
-        also=("detected_at_once", "detection_delay_steps"),
+        also=("detected_by_any_finding", "detected_at_once", "detection_delay_steps", "any_false_alarm"),
         where={},
         arm="fault",
         control="healthy",

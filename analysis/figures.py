@@ -39,7 +39,7 @@ from analysis.rates import draw_rates
 from analysis.scaling import draw_scaling
 from analysis.style import CLAIMED, HUES, INK, MARKERS, MUTED, STYLE
 from analysis.tables import experiments_with_results, options_of
-from experiments.harness.experiment import UserError, experiment_names, load_experiment
+from experiments.harness.experiment import UserError, load_experiment
 
 LOW, HIGH = f"{REDUCTION}_low", f"{REDUCTION}_high"
 
@@ -240,7 +240,8 @@ def to_png(figure: Figure) -> bytes:
 
 
 def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:
-    """PNGs per evidence campaign: ``<experiment>_<scale>.png``, and ``<experiment>_lengths_<scale>.png`` of averages.
+    """PNGs per evidence campaign of the experiment's version: ``<experiment>_<scale>.png``, and
+    ``<experiment>_lengths_<scale>.png`` of averages.
 
     Settings of one's own add the campaign id.
 
@@ -249,8 +250,10 @@ def write_figures(experiment: str, results: Path, out: Path) -> list[Path]:
     """
     if not {experiment} & {*FIGURES, *DRAWN, *WITH_LENGTHS}:
         return []
-    paths = []
+    paths, version = [], load_experiment(experiment).version
     for campaign in in_order(load_campaigns(results, experiment)[0]):
+        if campaign.version != version:
+            continue
         for kind, figure in _figures_of(campaign):
             path = out / f"{experiment}{kind}_{campaign.scale}{_suffix(campaign)}.png"
             png = to_png(figure)
@@ -272,8 +275,7 @@ def _figures_of(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
 
 
 def _suffix(campaign: Campaign) -> str:
-    known = campaign.experiment in experiment_names()
-    return "" if known and is_default(load_experiment(campaign.experiment), campaign) else f"_{campaign.campaign_id}"
+    return "" if is_default(load_experiment(campaign.experiment), campaign) else f"_{campaign.campaign_id}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,8 @@ inside. Each of the m claims of an experiment is promised to be false with a pro
 together with at most ``alpha``. Whichever side of an edge the truth is on, only one of the two can be false, and only
 one end of a two-sided interval can bring it about; and the interval of a mean is one of ``1 − alpha / 2m``
 (``alpha_of_mean``): so the nominal probability of a false verdict is a quarter of what is promised. The rest is what
-deviations from normality may use up. ``verdict_calibration`` measures how much they do.
+deviations from normality may use up. ``verdict_calibration`` measures how much they do: slightly skewed outcomes keep
+the promise; outcomes as skewed as an exponential distribution break it, the more so the larger m is.
 
 An equivalence is the same rule with a region that has two edges. Two one-sided tests of size ``a`` confirm it where the
 ``1 − 2a`` interval lies inside (Schuirmann 1987): confirming by a ``1 − a`` interval is that test at size ``a / 2``.

@@ -98,12 +98,15 @@ class Settings:
     """The fine-tuning run."""
     length: Track | None = None
     """Runs of several lengths for the claim that the best decay grows with the length."""
+    length_seeds: int | None = None
+    """Number of seeds of the runs of several lengths, where they are cheap; as ``seeds`` unless set."""
     schedules: tuple[Schedule, ...] = ("constant", "cosine")
     """Learning-rate schedules, each after the warm-up."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"seeds must be at least 1, got {self.seeds}")
+        for name, seeds in (("seeds", self.seeds), ("length_seeds", self.length_seeds)):
+            if seeds is not None and seeds < 1:
+                raise UserError(f"{name} must be at least 1, got {seeds}")
         if not self.schedules or len(set(self.schedules)) < len(self.schedules):
             raise UserError(f"schedules must be different ones, got {self.schedules}")
 
@@ -131,7 +134,7 @@ SCALES = {
         length=dataclasses.replace(_TINY_LENGTH, steps=(4, 8), validation_blocks=4, test_blocks=8, curve=SMOKE_CURVE),
     ),
     "laptop": Settings(seeds=3, main=Track(steps=(40,), validation_blocks=6, test_blocks=24)),
-    "cpu": Settings(seeds=5, main=Track(steps=(200,)), length=_TINY_LENGTH),
+    "cpu": Settings(seeds=5, main=Track(steps=(200,)), length=_TINY_LENGTH, length_seeds=12),
     "gpu": Settings(
         seeds=3,
         main=Track(steps=(10_000,), validation_blocks=64, test_blocks=230),
@@ -150,7 +153,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
     "laptop": "about 12 min on 2 cores",
-    "cpu": "about 2 h on 2 cores with --workers 2 (estimated)",
+    "cpu": "planned for 4.6 core-h (--workers 2 on 2 cores: 2 h 20 min); not yet measured",
     "gpu": "planned for 30 min on one 80 GB GPU with --workers 3; not yet measured",
     "paper": "days on one 80 GB GPU; not yet measured",
 }
@@ -159,8 +162,10 @@ COST = {
 def trials(settings: Settings, scale: str) -> list[TrialSpec]:
     """Track × run length × schedule × seed; seed by seed, so that an early stop leaves whole pairs."""
     shared = dataclasses.asdict(settings)
-    del shared["seeds"], shared["schedules"]
-    tracks = {"main": settings.main, "length": settings.length}
+    for name in ("seeds", "length_seeds", "schedules"):
+        del shared[name]
+    seeds_of_length = settings.seeds if settings.length_seeds is None else settings.length_seeds
+    tracks = {"main": (settings.main, settings.seeds), "length": (settings.length, seeds_of_length)}
     return [
         EXPERIMENT.spec(
             scale,
@@ -168,9 +173,9 @@ def trials(settings: Settings, scale: str) -> list[TrialSpec]:
             {"track": name, "schedule": schedule, "steps": steps},
             {**shared, "model": settings.main.model, "dataset": settings.main.dataset},
         )
-        for seed in range(settings.seeds)
-        for name, track in tracks.items()
-        if track is not None
+        for seed in range(max(settings.seeds, seeds_of_length))
+        for name, (track, seeds) in tracks.items()
+        if track is not None and seed < seeds
         for steps in track.steps
         for schedule in settings.schedules
     ]

@@ -190,12 +190,9 @@ SCALES = {
 COST = {
     "smoke": "about 20 s on 1 core, no download",
     "laptop": "planned for 40 core-min; not yet measured",
-    "cpu": "planned for 3.1 core-h: 5 seeds × 86 runs of 768 examples, more where a search is long; not yet measured",
+    "cpu": "about 3.4 core-h (--workers 2 on 2 cores: 1 h 40 min)",
     "gpu": "planned for 15 h on one 80 GB GPU, less with --workers 4; not yet measured",
 }
-# cpu, in core-s a run (version 1): SFT 33, of batch 4 49, of batch 128 27; LoRA 21. A seed has, with 3 or 4 runs
-# a search and 6 more on a long grid, 25 of SFT + 3.5 + 4, and 50 of LoRA, and loads 17 models at 4:
-# 25 × 33 + 3.5 × 49 + 4 × 27 + 50 × 21 + 17 × 4 ≈ 2,220; five seeds 11,100.
 
 
 def arms_of(method: str, settings: Settings, run: Run) -> dict[str, Arm]:

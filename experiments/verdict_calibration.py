@@ -95,7 +95,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 1 core",
     "laptop": "about 1 min on 1 core",
-    "cpu": "about 4 min on 1 core",
+    "cpu": "about 12 min on 1 core (49 min beside other runs)",
 }
 
 

@@ -11,12 +11,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from forge.layers import find_layers
 
+RATE_FACTORS = {"high_lr": 1_000, "raised_lr": 50}
+"""Fault → what the learning rate is multiplied by."""
+
 
 class Fault(TrainerCallback):
     """Breaks a training run at the planned step.
 
     Args:
-        kind: ``high_lr``, ``nan_batch``, ``dead_layer`` or ``fp16_overflow``; with any other nothing is injected.
+        kind: ``high_lr``, ``raised_lr``, ``nan_batch``, ``dead_layer`` or ``fp16_overflow``; with ``healthy`` and
+            ``vanishing_depth``, which the model itself brings along, nothing is injected.
         step: optimizer step, from 1, at which the fault comes.
         model: the model being trained.
     """
@@ -26,18 +30,36 @@ class Fault(TrainerCallback):
         self._hooks: list[Any] = []
         self.done = kind in ("healthy", "vanishing_depth")
 
+    @property
+    def visible_from(self) -> int:
+        """First optimizer step whose gradient can show the fault.
+
+        A learning rate acts on the weights at the end of its step, so that the next gradient is the first to differ; a
+        bad batch, dead weights and an overflow show in the gradient of their own step, a broken model from the start.
+        """
+        if self._kind == "vanishing_depth":
+            return 1
+        return self._step + 1 if self._kind in RATE_FACTORS else self._step
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Inject the fault when its step has come; a bad batch is one step long, the others last."""
+        """Inject the fault when its step has come; a bad batch is one step long, the others last.
+
+        The scheduler sets the learning rate anew after every step. The optimizer moves dead weights on by the momentum
+        of the steps before, so that they would come back to life in the next step: they are put out at each.
+        """
         now = state.global_step + 1
-        if self._kind == "high_lr" and now >= self._step:
+        if now < self._step or self._kind in ("healthy", "vanishing_depth"):
+            return
+        if self._kind in RATE_FACTORS:
             for group in kw["optimizer"].param_groups:
-                group["lr"] *= 1_000
-            self.done = True
-        if now == self._step and not self.done:
+                group["lr"] *= RATE_FACTORS[self._kind]
+        elif self._kind == "dead_layer":
+            self._dead_layer()
+        elif now == self._step:
             getattr(self, f"_{self._kind}")()
-            self.done = True
-        elif now > self._step and self._kind == "nan_batch":
+        elif self._kind == "nan_batch":
             self._remove()
+        self.done = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Leave no hook behind."""

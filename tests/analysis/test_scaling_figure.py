@@ -11,12 +11,13 @@ from analysis.figures import to_png, write_figures
 from analysis.load import Campaign, load_campaigns
 from analysis.scaling import draw_scaling
 from experiments.harness.record import write_record
+from experiments.lora_scaling import EXPERIMENT
 
 RATES = {1e-4: 0.6, 1e-3: 0.5, 1e-2: 0.7}
 TUNED = {("full", "centre"): 0.4, ("lora", "centre"): 0.5, ("lora", "rank_1"): 0.6}
 
 
-def campaign_of(folder: Path, make_record: Any) -> Campaign:
+def campaign_of(folder: Path, make_record: Any, version: int = EXPERIMENT.version) -> Campaign:
     for seed in range(3):
         for (method, variant), tuned in TUNED.items():
             noise = 0.01 * (seed - 1) if variant == "rank_1" else 0.0
@@ -25,7 +26,10 @@ def campaign_of(folder: Path, make_record: Any) -> Campaign:
                 {"split": "test", "grid": "long", "learning_rate": rate, "value": loss} for rate, loss in RATES.items()
             ]
             factors = {"track": "classification", "method": method, "variant": variant}
-            write_record(folder, make_record(experiment="lora_scaling", seed=seed, factors=factors, observations=rows))
+            write_record(
+                folder,
+                make_record(experiment="lora_scaling", version=version, seed=seed, factors=factors, observations=rows),
+            )
     ((campaign,), _) = load_campaigns(folder)
     return campaign
 
@@ -55,3 +59,8 @@ def test_the_figure_is_written_for_its_experiment(tmp_path: Path, make_record: A
     campaign = campaign_of(tmp_path, make_record)
     (path,) = write_figures("lora_scaling", tmp_path, tmp_path / "figures")
     assert path.read_bytes() == to_png(draw_scaling(campaign))
+
+
+def test_a_former_version_has_no_figure(tmp_path: Path, make_record: Any) -> None:
+    campaign_of(tmp_path, make_record, EXPERIMENT.version - 1)
+    assert write_figures("lora_scaling", tmp_path, tmp_path / "figures") == []
