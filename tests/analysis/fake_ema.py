@@ -94,17 +94,19 @@ def _measure(spec: TrialSpec, gain: Mapping[str, float]) -> dict[str, Any]:
         noise = 0.03 if arm == "raw" else 0.005
         late = {steps * k // 8 for k in (4, 5, 6, 7, 8)}
         observations += [_row(arm, loss + rng.normal(0, noise), k, "validation", conditions) for k in sorted(late)]
-        for metric, unit, value in (
-            ("late_loss_spread", "nats/token", noise),
-            ("late_loss_log_spread", "log(nats/token)", math.log(noise) + rng.normal(0, 0.1)),
-        ):
-            observations.append({**_row(arm, value, steps, "validation", conditions), "metric": metric, "unit": unit})
         shifts = rng.normal((0.0, 0.2, 0.4), 0.004)
         examples += [
             ExampleOutcome(example=name, arm=arm, metric="eval_loss", value=loss + shift, tokens=900 + 100 * i)
             for i, (name, shift) in enumerate(zip(DOCUMENTS, shifts, strict=True))
         ]
     observations += _curve(rng, raw, steps, gain[schedule])
+    for arm in arms:
+        log = math.log(0.03 if arm == "raw" else 0.005) + rng.normal(0, 0.1)
+        for metric, unit, value in (
+            ("late_loss_spread", "nats/token", math.exp(log)),
+            ("late_loss_log_spread", "log(nats/token)", log),
+        ):
+            observations.append({**_row(arm, value, steps, "validation", {}), "metric": metric, "unit": unit})
     if (track, schedule) == ("main", "constant"):
         for arm, rise in (("raw", 0.02), ("ema_optimal", 0.001)):
             row = _row(arm, rise + rng.normal(0, 0.001), steps, "test", {})
