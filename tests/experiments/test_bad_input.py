@@ -49,6 +49,7 @@ def test_unknown_scale(refused):
         (["--decays", "0.9", "0.9"], "decays must differ, got 0.9 0.9"),
         (["--length.decays", "-1"], "decay must be in (0, 1), got -1.0"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--length-seeds", "0"], "length_seeds must be at least 1, got 0"),
         (["--workers", "0"], "workers must be at least 1, got 0"),
         (["--steps", "1"], "steps must be different numbers of at least 2"),
         (["--steps", "8", "8"], "steps must be different numbers of at least 2"),
