@@ -17,7 +17,7 @@ from analysis.arms import REDUCTION, arm_table, layout_of
 from analysis.costs import MEASURED, cost_table
 from analysis.estimands import CannotEstimate, select
 from analysis.load import Campaign
-from analysis.style import HUES, INK, MUTED, STYLE
+from analysis.style import HUES, INK, MUTED, NAMES, STYLE
 
 NONE, PERCENT = "lower_0", "percent_frozen"
 CONTROLS: dict[str, tuple[str, str, Literal["left", "right"], float]] = {
@@ -29,12 +29,6 @@ SAVED = {
     "gradient_bytes": ("gradients", HUES[0], "o"),
     MEASURED: ("peak of a step", HUES[1], "s"),
     "step_time_sec": ("time of a step", HUES[2], "^"),
-}
-NAMES = {
-    "language_modelling": "language modelling",
-    "classification": "sentiment",
-    "full": "all weights",
-    "lora": "LoRA",
 }
 
 

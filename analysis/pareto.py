@@ -18,7 +18,7 @@ from analysis.arms import ALPHA, arm_table, layout_of
 from analysis.costs import MB, MEASURED, TIMES, cost_table
 from analysis.estimands import CannotEstimate, select
 from analysis.load import Campaign
-from analysis.style import HUES, MARKERS, MUTED, STYLE
+from analysis.style import HUES, MARKERS, MUTED, NAMES, STYLE
 
 LOSS, HALF_WIDTH, COST = "loss", "half_width", "cost"
 FAMILIES = (
@@ -33,7 +33,6 @@ BASELINES = {"zero-shot": (0, (4, 2)), "few-shot": (0, (1, 2))}
 """Line styles of the methods that train nothing."""
 MANY_TIMES = 20
 """Costs whose greatest is more than so many times the least are drawn on a logarithmic axis."""
-NAMES = {"language_modelling": "language modelling", "classification": "sentiment"}
 
 
 @rc_context(STYLE)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from analysis.arms import REDUCTION, arm_table, layout_of
 from analysis.estimands import select
 from analysis.load import Campaign
-from analysis.style import HUES, INK, MUTED, STYLE
+from analysis.style import HUES, INK, MUTED, NAMES, STYLE
 from experiments.harness.claims import Selector
 
 CURVES: dict[str, tuple[Selector, str, str]] = {
@@ -21,8 +21,7 @@ CURVES: dict[str, tuple[Selector, str, str]] = {
     "all weights, no warm-up": ({"method": "full", "variant": "no_warmup"}, HUES[0], "--"),
     "LoRA": ({"method": "lora", "variant": "centre"}, HUES[1], "-"),
 }
-METHODS = {"full": ("all weights", HUES[0]), "lora": ("LoRA", HUES[1])}
-TITLES = {"classification": "sentiment", "language_modelling": "language modelling"}
+METHOD_HUES = {"full": HUES[0], "lora": HUES[1]}
 
 
 @rc_context(STYLE)
@@ -35,7 +34,7 @@ def draw_scaling(campaign: Campaign) -> Figure:
     for (left, right), track in zip(grid, tracks, strict=True):
         _curves(left, select(campaign.observations, {"track": track, "metric": "eval_loss", "split": "test"}))
         _changes(right, table[(table["track"] == track) & table[REDUCTION].notna()])
-        title = f"{TITLES.get(track, track)} · {campaign.models_of({'track': track})}"
+        title = f"{NAMES.get(track, track)} · {campaign.models_of({'track': track})}"
         left.set_title(title, loc="left", fontsize=11.5, fontweight="bold")
     figure.suptitle(
         f"Learning rates, and what else matters · {campaign.scope}\nLeft: a line a seed. Right: bars are 95% "
@@ -64,11 +63,10 @@ def _curves(axis: Axes, rows: pd.DataFrame) -> None:
 def _changes(axis: Axes, table: pd.DataFrame) -> None:
     """Relative reduction of the tuned loss against the centre of the same method, one line an arm."""
     labels = [
-        f"{METHODS[str(m)][0]}: {str(v).replace('_', ' ')}"
-        for m, v in zip(table["method"], table["variant"], strict=True)
+        f"{NAMES[str(m)]}: {str(v).replace('_', ' ')}" for m, v in zip(table["method"], table["variant"], strict=True)
     ]
     for y, (_, row) in enumerate(table.iterrows()):
-        hue = METHODS[str(row["method"])][1]
+        hue = METHOD_HUES[str(row["method"])]
         value, low, high = (100 * row[name] for name in (REDUCTION, f"{REDUCTION}_low", f"{REDUCTION}_high"))
         axis.plot([low, high], [y, y], color=hue, lw=1.6)
         axis.plot(value, y, "o", color=hue, ms=5.5)

@@ -126,7 +126,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
     "laptop": "about 7 min on 2 cores",
-    "cpu": "about 25 min on 2 cores with --workers 2",
+    "cpu": "about 33 core-min (--workers 2 on 2 cores: 20 min)",
     "gpu": "planned for 30 min on one 80 GB GPU; not yet measured",
 }
 

@@ -63,13 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not argv or argv[0] in ("-h", "--help", "--results"):
-            return _list(argv)
-        experiment = load_experiment(argv[0])
-        options, settings = _parse(experiment, argv[1:])
-        return _run(experiment, options, settings)
+            code = _list(argv)
+        else:
+            experiment = load_experiment(argv[0])
+            code = _run(experiment, *_parse(experiment, argv[1:]))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except BrokenPipeError:  # nobody reads on, as in ``--dry-run | head``; what is left in the buffer must not fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 3
 
 
 def _list(argv: Sequence[str]) -> int:

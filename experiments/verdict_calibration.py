@@ -94,8 +94,8 @@ SCALES = {
 
 COST = {
     "smoke": "under 1 min on 1 core",
-    "laptop": "about 1 min on 1 core",
-    "cpu": "about 12 min on 1 core (49 min beside other runs)",
+    "laptop": "about 2 min on 1 core",
+    "cpu": "planned for 12 min on 1 core; took 49 min beside other runs",
 }
 
 

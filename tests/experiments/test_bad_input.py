@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -202,3 +204,11 @@ def test_no_traceback_in_a_real_terminal(cli, tmp_path):
     done = cli(*SMOKE, "--decays", "1.5", "--results", tmp_path / "results", "--runs", tmp_path / "runs")
     assert (done.returncode, done.stderr) == (2, "error: decay must be in (0, 1), got 1.5\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_of_the_plan_who_leaves_gets_no_traceback():
+    command = [sys.executable, "-m", "experiments.run", "verdict_calibration", "--dry-run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (3, "")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
+
+from experiments.harness import worker
 
 
 def observed(record):
@@ -106,13 +111,24 @@ def test_kill_9_loses_only_what_was_being_run(long, start_cli, wait_for_step, cl
     assert all(after[trial_id] == record for trial_id, record in before.items()), "a finished trial was run again"
 
 
-def test_the_time_budget_stops_early_and_the_next_call_continues(inline_cli, small, tmp_path, read_all, capsys):
-    assert inline_cli(*small, "--steps", "100000", "--time-budget", "4s") == 3
+def expire(monkeypatch, looks):
+    """Let an hour pass on the clock of the worker after so many looks at it, however fast the machine is."""
+    looked = itertools.count(1)
+    clock = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + (3_600 if next(looked) > looks else 0))
+    monkeypatch.setattr(worker, "time", clock)
+
+
+def test_the_time_budget_stops_early_and_the_next_call_continues(
+    inline_cli, small, tmp_path, read_all, capsys, monkeypatch
+):
+    expire(monkeypatch, looks=40)
+    assert inline_cli(*small, "--steps", "100000", "--time-budget", "30m") == 3
     assert "trials are left; the same command continues" in capsys.readouterr().err
     assert read_all(tmp_path / "results") == {}
     (checkpoint,) = (tmp_path / "runs").glob("ema_ablation/*/checkpoints/checkpoint-*/forge_complete")
     step = int(checkpoint.parent.name.rsplit("-", 1)[1])
-    assert inline_cli(*small, "--steps", "100000", "--time-budget", "4s") == 3
+    expire(monkeypatch, looks=40)
+    assert inline_cli(*small, "--steps", "100000", "--time-budget", "30m") == 3
     (checkpoint,) = (tmp_path / "runs").glob("ema_ablation/*/checkpoints/checkpoint-*/forge_complete")
     assert int(checkpoint.parent.name.rsplit("-", 1)[1]) > step, "it started over instead of resuming"
 
