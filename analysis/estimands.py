@@ -47,14 +47,11 @@ from experiments.harness.claims import (
     RelativeReduction,
     SelectedReduction,
     Selector,
-    SpreadReduction,
     bare,
 )
 from experiments.harness.experiment import unknown
 
 __all__ = ["CannotEstimate", "per_seed_values", "select", "selectors", "successes"]
-
-MIN_SPREAD_STEPS = 4
 
 
 def per_seed_values(estimand: Estimand, observations: pd.DataFrame) -> pd.Series[float]:
@@ -140,12 +137,6 @@ def _values(estimand: Estimand, observations: pd.DataFrame, *, exact: bool) -> p
             if not exact:
                 _require_above_the_lower_end(early, late, grids, along)
             return late - early
-        case SpreadReduction(metric, treatment, control):
-            rows = of_metric(rows, metric)
-            _require_same_steps(select(rows, treatment), select(rows, control))
-            t, c = of_arms(rows, {"treatment": treatment, "control": control}, _residual_sd)
-            c = positive(c, f"residual standard deviation of {metric} of the control")
-            return _series(formulas.spread_reduction(_array(t), _array(c)), t)
         case LogLogSlope(metric, arm):
             read_slopes = partial(log_log_slopes, rule=estimand, exact=exact)
             (slopes,) = of_arms(of_metric(rows, metric), {"arm": arm}, read_slopes)
@@ -300,27 +291,6 @@ def _log10_best(rows: pd.DataFrame, name: str, along: str) -> pd.Series[float]:
         )
     x = np.log10(values.columns.to_numpy(dtype=np.float64))
     return pd.Series(formulas.best_abscissa(x, _array(values)), index=values.index)
-
-
-def _require_same_steps(treatment: pd.DataFrame, control: pd.DataFrame) -> None:
-    steps = set(treatment["step"]) ^ set(control["step"])
-    if steps and not treatment.empty and not control.empty:
-        raise CannotEstimate(
-            "a spread is compared over the same steps in both arms, but only one of them has step "
-            f"{', '.join(str(step) for step in sorted(steps))}; record both together"
-        )
-
-
-def _residual_sd(rows: pd.DataFrame, name: str) -> pd.Series[float]:
-    """Per seed, the residual standard deviation around the least-squares line over steps."""
-    values = table(rows, "step", name)
-    n = values.shape[1]
-    if n < MIN_SPREAD_STEPS:
-        raise CannotEstimate(
-            f"a spread needs at least {MIN_SPREAD_STEPS} recorded steps, got {n} for {name}; evaluate more often"
-        )
-    x = values.columns.to_numpy(dtype=np.float64)
-    return pd.Series(formulas.residual_sd(x, _array(values)), index=values.index)
 
 
 def _per_trial(estimand: Estimand, rows: pd.DataFrame) -> pd.Series[float]:

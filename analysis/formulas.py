@@ -23,11 +23,6 @@ def regret(choice: Array, rivals: Array) -> Array:
     return np.asarray(choice / rivals.min(axis=-1) - 1)
 
 
-def spread_reduction(treatment: Array, control: Array) -> Array:
-    """``1 − s(treatment) / s(control)`` of two residual standard deviations."""
-    return np.asarray(1 - treatment / control)
-
-
 def value_of_chosen(chosen_on: Array, reported_on: Array) -> Array:
     """The value of ``reported_on`` where ``chosen_on`` is least (the first of equals), along the last axis."""
     best = chosen_on.argmin(axis=-1, keepdims=True)
@@ -57,20 +52,7 @@ def best_abscissa(x: Array, y: Array) -> Array:
     return np.asarray(np.where(inner, x[i] + numerator / (2 * curvature), x[best]))
 
 
-def residual_sd(x: Array, y: Array) -> Array:
-    """Residual standard deviation (k − 2 degrees of freedom) of ``y`` around its least-squares line over ``x``."""
-    intercept, rate = _line(x, y)
-    residuals = y - intercept[..., None] - rate[..., None] * x
-    return np.asarray(np.sqrt((residuals**2).sum(axis=-1) / (y.shape[-1] - 2)))
-
-
 def slope(x: Array, y: Array) -> Array:
-    """Slope of the least-squares line of ``y`` over ``x``."""
-    return np.asarray(_line(x, y)[1])
-
-
-def _line(x: Array, y: Array) -> Array:
-    """Intercept and slope of the least-squares lines of ``y``, shape (…, k), over ``x``, shape (k,)."""
-    k = y.shape[-1]
-    coefficients = np.polynomial.polynomial.polyfit(x, y.reshape(-1, k).T, deg=1)
-    return np.asarray(coefficients.reshape(2, *y.shape[:-1]))
+    """Slope of the least-squares line of ``y``, shape (…, k), over ``x``, shape (k,)."""
+    coefficients = np.polynomial.polynomial.polyfit(x, y.reshape(-1, y.shape[-1]).T, deg=1)
+    return np.asarray(coefficients[1].reshape(y.shape[:-1]))

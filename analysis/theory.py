@@ -31,7 +31,7 @@ from analysis.load import Campaign, load_campaigns
 from analysis.methods_table import methods_markdown
 from analysis.statistics import MAX_SEEDS
 from analysis.ticks import render_ticks
-from analysis.verdicts import MIN_SEEDS, Verdict
+from analysis.verdicts import Verdict
 from experiments.harness.claims import Claim, Proportion, Rate, is_exact
 from experiments.harness.experiment import Experiment, UserError, load_experiments, unknown
 
@@ -239,8 +239,6 @@ def _need(verdict: Verdict) -> str:
     if verdict.interval is None:
         return "оценить нельзя, причина — в таблице"
     estimand = verdict.claim.estimand
-    if MIN_SEEDS.get(type(estimand).__name__, 0) is None:
-        return "такая величина по сидам не судится, см. verdict_calibration"
     if verdict.seeds_needed is not None:
         return f"хватило бы {'запусков' if isinstance(estimand, Rate) else 'сидов'}: ≈{verdict.seeds_needed}"
     if is_exact(estimand):

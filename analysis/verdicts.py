@@ -49,22 +49,11 @@ Outcome = Literal["confirmed", "refuted", "insufficient"]
 
 NOT_MEASURED = "not measured at this scale"
 
-MIN_SEEDS: dict[str, int | None] = {
-    "RelativeReduction": 3,
-    "SelectedReduction": 3,
-    "Interaction": 3,
-    "Ratio": 3,
-    "Difference": 3,
-    "Regret": 3,
-    "ArgBestShift": 3,
-    "SpreadReduction": None,
-    "LogLogSlope": 3,
-}
-"""Fewest seeds with which a mean over seeds is judged, by estimand; None where no number of seeds up to 20 is enough.
+MIN_SEEDS = 3
+"""Fewest seeds with which a mean over seeds is judged.
 
 The rule: the fewest n of ``verdict_calibration`` from which on no false-verdict rate is refuted as at most what is
-promised, under normal and discrete outcomes, for a single claim and for one of many. A ratio of two spreads is skewed
-whatever the outcomes are: up to 20 seeds it fails.
+promised, under normal and discrete outcomes, for a single claim and for one of many, whatever the estimand.
 """
 
 
@@ -223,19 +212,12 @@ def _of_mean(claim: Claim, values: pd.Series[float], estimate: Estimate, alpha: 
     edge = nearest_edge(claim.region, estimate.value)
     p = None if edge is None else sign_flip_p(values, edge)
     needed = seeds_needed(values, claim.region, alpha)
-    least = MIN_SEEDS[type(claim.estimand).__name__]
-    if least is None or estimate.n < least:
-        ask = (
-            "no number up to 20 is enough; state the claim of another estimand"
-            if least is None
-            else (f"it needs at least {least}; run {least - estimate.n} more")
-        )
+    if estimate.n < MIN_SEEDS:
         few = (
-            f"a {type(claim.estimand).__name__} of {estimate.n} seeds is not judged, since its false verdicts can "
-            f"exceed alpha (verdict_calibration): {ask}"
+            f"a mean of {estimate.n} seeds is not judged, since its false verdicts can exceed alpha "
+            f"(verdict_calibration): it needs at least {MIN_SEEDS}; run {MIN_SEEDS - estimate.n} more"
         )
-        more = None if least is None else max(least, needed or least)
-        return _Finding("insufficient", few, estimate, p, more)
+        return _Finding("insufficient", few, estimate, p, max(MIN_SEEDS, needed or MIN_SEEDS))
     if outcome != "insufficient":
         return _Finding(outcome, reason, estimate, p)
     hint = f"not decided by {MAX_SEEDS} seeds" if needed is None else f"{needed} seeds would decide"

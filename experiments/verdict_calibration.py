@@ -56,7 +56,6 @@ ESTIMAND_WORDS = {
     "interaction": "взаимодействие",
     "regret": "проигрыш лучшему",
     "arg_best_shift": "сдвиг лучшего уровня",
-    "spread_reduction": "снижение разброса",
     "ratio": "отношение",
     "difference": "разность",
     "slope": "наклон",
@@ -199,9 +198,6 @@ def seed_values(world: World, rows: list[Row]) -> Array:
         case claims.ArgBestShift(_, along, start, end):
             x = np.log10([float(row.conditions[along]) for row in rows if start.items() <= row.conditions.items()])
             return formulas.best_abscissa(x, of(**end)) - formulas.best_abscissa(x, of(**start))
-        case claims.SpreadReduction(_, treatment, control):
-            steps = np.unique([float(row.step) for row in rows])
-            return formulas.spread_reduction(*(formulas.residual_sd(steps, of(**arm)) for arm in (treatment, control)))
         case claims.LogLogSlope():
             window = [row for row in rows if 10 * row.step >= rows[-1].step]
             return formulas.slope(
@@ -307,7 +303,7 @@ def _claims() -> tuple[Claim, ...]:
 
 EXPERIMENT = Experiment(
     name="verdict_calibration",
-    version=2,
+    version=3,
     question="How often does the verdict engine say confirmed or refuted where the truth is on the other side?",
     claims=_claims(),
     scales=SCALES,

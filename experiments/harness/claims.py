@@ -74,18 +74,6 @@ class ArgBestShift:
 
 
 @dataclass(frozen=True)
-class SpreadReduction:
-    """Mean over seeds of ``1 − s(treatment) / s(control)``; ``s`` is the residual standard deviation of the metric over
-    the recorded steps around its straight-line trend, so that a loss that still falls does not count as spread.
-    """
-
-    metric: str
-    treatment: Selector
-    control: Selector
-    where: Selector = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ExactRatio:
     """``numerator / denominator`` of two metrics of one trial, both free of sampling error (counts, bytes).
 
@@ -224,7 +212,6 @@ Estimand = (
     | Proportion
     | Regret
     | ArgBestShift
-    | SpreadReduction
     | LogLogSlope
     | ExactRatio
     | Exact

@@ -13,7 +13,7 @@ LATE_SPREAD = Metric("late_loss_spread", "nats/token", "minimize")
 not count as scatter."""
 LOG_SPREAD = Metric("late_loss_log_spread", "log(nats/token)", "minimize")
 """Its natural logarithm, for claims: the ratio of two spreads of so few losses is skewed and too large on average, and
-with any number of seeds its t-intervals miss the truth more often than they promise (``verdict_calibration``); the
+up to 20 seeds its t-intervals miss the truth more often than they promise (version 2 of ``verdict_calibration``); the
 difference of the logarithms is symmetric."""
 
 _LEAST = 4

@@ -26,7 +26,6 @@ from experiments.harness.claims import (
     RelativeReduction,
     Scalar,
     SelectedReduction,
-    SpreadReduction,
 )
 
 Array = npt.NDArray[np.float64]
@@ -121,16 +120,6 @@ def _best_shift(noise: Noise, normal: Noise) -> list[Row]:
     return rows
 
 
-def _spread(noise: Noise, normal: Noise) -> list[Row]:
-    """Fluctuations around a falling line, half as large in the treatment, on top of what both arms share."""
-    seed, rows = _seed_effect(normal), []
-    for step in range(10, 70, 10):
-        shared, line = 0.01 * normal(), seed * (1 - 0.001 * step)
-        rows.append(Row(RAW, line + shared + 0.02 * noise(), step))
-        rows.append(Row(EMA, line + shared + 0.01 * noise(), step))
-    return rows
-
-
 def _ratio(noise: Noise, normal: Noise) -> list[Row]:
     raw = _seed_effect(normal)
     return [Row(RAW, raw), Row(EMA, raw * (0.5 + 0.05 * noise()))]
@@ -161,7 +150,6 @@ WORLDS: dict[str, World] = {
     "interaction": World(Interaction(REDUCTION, {"schedule": "constant"}, {"schedule": "cosine"}), _interaction),
     "regret": World(Regret(LOSS, EMA, EMAS), _regret),
     "arg_best_shift": World(ArgBestShift(LOSS, "horizon_steps", {"phase": "early"}, {"phase": "late"}), _best_shift),
-    "spread_reduction": World(SpreadReduction(LOSS, EMA, RAW), _spread),
     "ratio": World(Ratio(LOSS, EMA, RAW), _ratio),
     "difference": World(Difference(LOSS, EMA, RAW), _difference),
     "slope": World(LogLogSlope(LOSS, {"arm": "mean"}, min_forgetting=None), _slope),

@@ -21,7 +21,6 @@ from experiments.harness.claims import (
     Regret,
     RelativeReduction,
     SelectedReduction,
-    SpreadReduction,
 )
 from tests.analysis.tidy_rows import estimate, refusal, row
 
@@ -76,21 +75,6 @@ def test_regret_is_against_the_best_rival_of_each_seed():
     regret = Regret("eval_loss", choice={"decay": 0.999}, rivals=({"decay": 0.9}, {"decay": 0.99}))
     # seed 0: 2.2 / min(2.0, 2.5) - 1 = 0.1; seed 1: 1.5 / min(2.0, 1.6) - 1 = -0.0625
     assert estimate(regret, rows) == pytest.approx({0: 0.1, 1: -0.0625})
-
-
-SPREAD = SpreadReduction("eval_loss", treatment=EMA, control=RAW)
-
-
-def curve(arm, values, seed=0, start=1):
-    return [row(v, seed=seed, arm=arm, step=10 * step) for step, v in enumerate(values, start=start)]
-
-
-def test_spread_reduction_is_around_the_trend():
-    # Residuals (1, -1, -1, 1) are orthogonal to the constant and to the line over 4 even steps: s = √(4 / (4 - 2)).
-    # The treatment falls steeply with residuals a quarter as large: 1 - 0.25 = 0.75, whatever the slopes.
-    control = [5 + 1, 5 - 1, 5 - 1, 5 + 1]
-    treatment = [9 + 0.25, 6 - 0.25, 3 - 0.25, 0 + 0.25]
-    assert estimate(SPREAD, curve("ema", treatment) + curve("raw", control)) == pytest.approx({0: 0.75})
 
 
 def test_exact_ratio_is_per_trial():
@@ -159,29 +143,8 @@ def test_a_denominator_that_is_not_positive_is_refused(control):
     assert "eval_loss of the best rival" in refusal(Regret("eval_loss", EMA, (RAW,)), rows)
 
 
-def test_a_control_without_spread_is_refused():
-    rows = curve("ema", [1.0, 2.0, 1.0, 2.0]) + curve("raw", [0.0, 0.0, 0.0, 0.0])
-    assert "residual standard deviation of eval_loss of the control" in refusal(SPREAD, rows)
-
-
 def test_a_regret_needs_rivals():
     assert "at least 1 rival, got none" in refusal(Regret("eval_loss", EMA, ()), two_arms([1.0], [2.0]))
-
-
-def test_a_spread_needs_four_steps():
-    rows = curve("ema", [1.0, 2.0, 1.0]) + curve("raw", [1.0, 3.0, 1.0])
-    assert "at least 4 recorded steps, got 3 for treatment {arm=ema}" in refusal(SPREAD, rows)
-
-
-def test_a_spread_needs_the_same_steps_in_both_arms_and_all_seeds():
-    even = [1.0, 2.0, 1.0, 2.0]
-    message = refusal(SPREAD, curve("ema", even, start=2) + curve("raw", even))
-    assert "only one of them has step 10, 50;" in message
-    message = refusal(
-        SPREAD,
-        [*curve("ema", even), *curve("raw", even), *curve("ema", even[:3], seed=1), *curve("raw", even[:3], seed=1)],
-    )
-    assert "treatment {arm=ema} lacks step 40 in seed 1" in message
 
 
 def test_an_exact_ratio_needs_each_metric_once_per_trial():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 import pytest
 
@@ -68,8 +66,7 @@ def campaign_of(rows, simulation):
 
 @pytest.mark.parametrize("outcomes", OUTCOMES)
 @pytest.mark.parametrize("estimand", WORLDS)
-def test_the_verdicts_are_those_of_judge_campaign(estimand, outcomes, monkeypatch):
-    monkeypatch.setattr(verdicts, "MIN_SEEDS", defaultdict(lambda: 2))
+def test_the_verdicts_are_those_of_judge_campaign(estimand, outcomes):
     world, n_simulations = WORLDS[estimand], 3
     places = [("low", "edge"), ("high", "inside"), ("low", "outside")]
     seen = set()
