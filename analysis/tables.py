@@ -1,7 +1,8 @@
 """Tables of an experiment, byte for byte from its records: ``python -m analysis.tables [experiment]``.
 
-Serves every section of THEORY.md: ``results/tables/<experiment>.md`` (all evidence campaigns with their verdicts),
-``.csv`` (the tidy numbers of the arm tables) and ``.tex`` (the arm tables with booktabs rules).
+Serves every section of THEORY.md: ``results/tables/<experiment>.md`` (the evidence campaigns of its latest version with
+their verdicts; of former ones, where their records lie), ``.csv`` (the tidy numbers of the arm tables) and ``.tex``
+(the arm tables with booktabs rules).
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 IDENTITY = ("experiment", "version", "scale", "campaign_id")
 
 
-def markdown(experiment: str, campaigns: Sequence[Campaign]) -> str:
-    """The page of one experiment: per campaign an arm table and the verdicts."""
+def markdown(experiment: str, campaigns: Sequence[Campaign], former: Sequence[Campaign] = ()) -> str:
+    """The page of one experiment: per campaign an arm table and the verdicts; a line for each of a former version."""
     parts = [f"# {experiment}", "Written by `python -m analysis.tables` from the records; do not edit."]
     for campaign in campaigns:
         parts += [f"## {heading(campaign)}", trials_line(campaign)]
         parts += [*_arm_section(campaign), *_cost_section(campaign)]
         parts += [*_verdict_section(campaign), *_items_section(campaign)]
+    if former:
+        lines = [f"- {heading(c)}: {trials_line(c)} Records: `results/{experiment}/v{c.version}/`." for c in former]
+        parts += ["## Former versions", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -127,10 +131,12 @@ def judged(campaign: Campaign) -> list[Verdict]:
 
 def write_tables(experiment: str, results: Path, out: Path) -> list[Path]:
     """Write the three files of one experiment; returns their paths, none where there is no evidence."""
-    campaigns = in_order(load_campaigns(results, experiment)[0])
-    if not campaigns:
+    recorded = in_order(load_campaigns(results, experiment)[0])
+    if not recorded:
         return []
-    texts = {"md": markdown(experiment, campaigns), "csv": csv(campaigns), "tex": tex(experiment, campaigns)}
+    former = [campaign for campaign in recorded if campaign.version < recorded[-1].version]
+    campaigns = recorded[len(former) :]
+    texts = {"md": markdown(experiment, campaigns, former), "csv": csv(campaigns), "tex": tex(experiment, campaigns)}
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{experiment}.{suffix}" for suffix in texts]
     for path, text in zip(paths, texts.values(), strict=True):

@@ -99,6 +99,17 @@ def test_markdown_names_scope_fate_and_outcome(tmp_path: Path, make_record: Any)
     assert "Not measured at this scale: ema-best-decay-grows-constant" in text
 
 
+def test_former_versions_are_named_and_not_shown(tmp_path: Path, make_record: Any) -> None:
+    for version, value in ((1, 3.25), (2, 2.25)):
+        rows = [{"arm": "raw", "split": "test", "value": value}]
+        write_record(tmp_path, make_record(version=version, scale="cpu", observations=rows))
+    page, csv, tex = (path.read_text(encoding="utf-8") for path in write_tables(NAME, tmp_path, tmp_path))
+    assert all("2.25" in text and "3.25" not in text for text in (page, csv, tex))
+    (line,) = page[page.index("## Former versions") :].strip().splitlines()[2:]
+    assert "(version 1, campaign" in line
+    assert line.endswith(f"1 of 1 planned trials succeeded. Records: `results/{NAME}/v1/`.")
+
+
 def test_csv_is_tidy(tmp_path: Path, make_record: Any) -> None:
     write_campaign(tmp_path, make_record, "laptop")
     text = write_tables(NAME, tmp_path, tmp_path)[1].read_text(encoding="utf-8")
@@ -154,7 +165,7 @@ def test_scope_names_only_the_trials_that_a_claim_reads(tmp_path: Path, make_rec
     assert campaign.scope.startswith("smollm2-135m, tiny-random · moby_dick · ")
     text = write_tables(NAME, tmp_path, tmp_path)[0].read_text(encoding="utf-8")
     (line,) = [line for line in text.splitlines() if line.startswith("| ema-best-decay-grows-constant |")]
-    assert "tiny-random · moby_dick · CPU ×2 · cpu · seeds 0–4" in line
+    assert "tiny-random · moby_dick · CPU ×2 · cpu · seeds 0–11" in line
     assert "smollm2" not in line
 
 
