@@ -46,6 +46,11 @@ OUTCOMES = {
 }
 HEADER = ("Статус", "Утверждение", "Условие", "Верно, если", "Оценка", "Интервал", "n", "Область")
 AS_ABOVE = "″"
+CALIBRATION = "verdict_calibration"
+CALIBRATION_NOTE = (
+    "В каждой клетке — утверждение «ложный вердикт — не чаще обещанного», его вывод (знаки те же, что в «Общем "
+    "статусе») и частота ложных вердиктов при n сидах; интервалы — в таблице эксперимента."
+)
 PRESENT = "есть"
 """Of tests: that there are some. Whether they pass is not known here."""
 NOTE = (
@@ -185,14 +190,36 @@ def _section(section: Section, findings: Sequence[Finding], root: Path) -> str:
 
 def _experiment(findings: Sequence[Finding]) -> str:
     """The claims that one experiment tests, under its name; a sentence is written once, above all its conditions."""
+    experiment = findings[0].experiment
+    table = _calibration(findings) if experiment.name == CALIBRATION else _verdicts(findings)
+    parts = [f"**Эксперимент {_link(experiment)}**", table, *_tables(findings), _sources(findings)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _verdicts(findings: Sequence[Finding]) -> str:
+    """A row for each claim."""
     right = [name in ("Верно, если", "Оценка", "Интервал", "n") for name in HEADER]
     rows = [
         _row(finding, AS_ABOVE if index else _sentence(finding.claim))
         for _, conditions in groupby(findings, key=lambda finding: _sentence(finding.claim))
         for index, finding in enumerate(conditions)
     ]
-    parts = [f"**Эксперимент {_link(findings[0].experiment)}**", markdown_table(HEADER, rows, right, padded=False)]
-    return "\n\n".join(part for part in [*parts, *_tables(findings), _sources(findings)] if part)
+    return markdown_table(HEADER, rows, right, padded=False)
+
+
+def _calibration(findings: Sequence[Finding]) -> str:
+    """Its hundreds of claims differ in four things alone: a row for three of them, a column for the number of seeds."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for finding in findings:
+        claim, evidence = finding.claim, finding.evidence
+        estimand, (family, outcomes, n) = claim.statement.rpartition(": ")[2], claim.condition.split(", ")
+        rate = NOTHING if evidence is None else format_estimate(claim.estimand, evidence.verdict.estimate, RUSSIAN)
+        row = estimand, family, format_region(claim.estimand, claim.region, RUSSIAN), outcomes
+        rows.setdefault(row, {})[n] = f"{_sign(finding)} {rate}"
+    seeds = list(dict.fromkeys(n for cells in rows.values() for n in cells))
+    header = ["Величина", "Утверждений", "Обещано", "Исходы", *seeds]
+    lines = [[*row, *(cells[n] for n in seeds)] for row, cells in rows.items()]
+    return f"{CALIBRATION_NOTE}\n\n{markdown_table(header, lines, [False] * 4 + [True] * len(seeds), padded=False)}"
 
 
 def _tables(findings: Sequence[Finding]) -> list[str]:

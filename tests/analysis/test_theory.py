@@ -14,8 +14,8 @@ from analysis import theory
 from analysis.evidence import find, planned
 from analysis.load import load_campaigns
 from experiments.harness.claims import ArgBestShift, Claim, Region
-from experiments.harness.experiment import UserError, load_experiments
-from experiments.harness.record import ManipulationCheck
+from experiments.harness.experiment import UserError, load_experiment, load_experiments
+from experiments.harness.record import ManipulationCheck, write_record
 from tests.analysis.fake_ema import EXPERIMENT, plan, write_campaign
 
 TEXT = theory.ROOT.joinpath("THEORY.md").read_text(encoding="utf-8")
@@ -160,6 +160,32 @@ def test_rows_follow_the_order_of_declaration(document: Path, make_record: Any) 
     run(document)
     positions = [block(document).index(claim.statement) for claim in EXPERIMENT.claims]
     assert positions == sorted(positions)
+
+
+def test_the_calibration_has_a_column_for_each_number_of_seeds(document: Path, make_record: Any) -> None:
+    calibration = load_experiment("verdict_calibration")
+    for spec in calibration.trials(calibration.scales["cpu"], "cpu"):
+        lies = spec.factors == {"estimand": "ratio", "outcomes": "skewed"}
+        rows = [
+            {"metric": metric, "n_seeds": n, "family": family, "side": "worse", "position": "edge", "value": value}
+            for n in (3, 5, 10, 20)
+            for family in (1, 40)
+            for metric, value in (("simulations", 1e6), ("false_verdicts", 2e5 if lies and n == 5 else 100.0))
+        ]
+        record = make_record(
+            experiment=calibration.name, version=calibration.version, scale="cpu", seed=spec.seed,
+            factors=spec.factors, settings=spec.settings, observations=rows,
+            claims={claim.id: claim.digest for claim in calibration.claims},
+        )  # fmt: skip
+        write_record(document.parent / "results", record)
+    run(document)
+    table = [line for line in block(document, "verdicts:engine").splitlines() if line.startswith("| ")]
+    assert table[0].split(" | ")[-4:] == ["n = 3", "n = 5", "n = 10", "n = 20 |"]
+    assert len(table) == 2 + len(calibration.claims) // 4
+    (lying,) = (line for line in table if "❌" in line and "| m = 1 |" in line)
+    assert lying.startswith(
+        "| отношение | m = 1 | ≤\u00a05\u00a0% | асимметричные исходы | ✅ 0,01\u00a0% | ❌ 20,00\u00a0% | ✅"
+    )
 
 
 def test_claim_edited_after_its_data_is_exploratory(document: Path, make_record: Any) -> None:
