@@ -129,7 +129,7 @@ LAYOUTS: dict[str, Layout] = {
         also=("detected_by_any_finding", "detected_at_once", "detection_delay_steps", "any_false_alarm"),
         where={},
         arm="fault",
-        control="healthy",
+        control="",
     ),
     "verdict_calibration": Layout(
         metric="false_verdicts",

@@ -25,8 +25,9 @@ VERDICT_HEADER = ("claim", "true if", "outcome", "estimate", "interval", "n", "p
 
 
 def arm_cells(campaign: Campaign, table: pd.DataFrame) -> pd.DataFrame:
-    """The arm table as text; means and their spreads or intervals share a column."""
-    metric = layout_of(campaign.experiment).metric
+    """The arm table as text; means and their spreads or intervals share a column. Without a control, no reductions."""
+    layout = layout_of(campaign.experiment)
+    metric = layout.metric
     cells = pd.DataFrame(index=table.index)
     for name in map(str, table.columns):
         if name in (f"{metric}_sd", f"{REDUCTION}_low", f"{REDUCTION}_high"):
@@ -35,6 +36,8 @@ def arm_cells(campaign: Campaign, table: pd.DataFrame) -> pd.DataFrame:
             pairs = zip(table[name], table[f"{metric}_sd"], strict=True)
             cells[f"{metric} ± sd"] = [_mean_sd(mean, sd) for mean, sd in pairs]
         elif name == REDUCTION:
+            if not layout.control:
+                continue
             cells["reduction"] = [_percent(value) for value in table[name]]
             bounds = zip(table[f"{REDUCTION}_low"], table[f"{REDUCTION}_high"], strict=True)
             cells["95% interval"] = [_bounds(low, high) for low, high in bounds]
@@ -47,8 +50,9 @@ def short_arm_cells(campaign: Campaign, table: pd.DataFrame) -> pd.DataFrame:
     """The columns that a terminal has room for: factors that vary, arm, seeds, loss and reduction."""
     layout = layout_of(campaign.experiment)
     varying = [name for name in factors_of(campaign) if table[name].nunique(dropna=False) > 1]
-    wanted = [*varying, layout.arm, "n", f"{layout.metric} ± sd", "reduction", "95% interval"]
-    return arm_cells(campaign, table)[list(dict.fromkeys(wanted))]
+    wanted = {*varying, layout.arm, "n", f"{layout.metric} ± sd", "reduction", "95% interval"}
+    cells = arm_cells(campaign, table)
+    return cells[[name for name in cells.columns if name in wanted]]
 
 
 def verdict_cells(verdict: Verdict, campaign: Campaign) -> list[str]:

@@ -70,6 +70,15 @@ def test_factor_as_the_arm(tmp_path: Path, make_record: Any) -> None:
     assert table.loc[0.5, "relative_reduction"] == pytest.approx((0.5 + 0.45) / 2)
 
 
+def test_without_a_control_there_are_no_reductions(tmp_path: Path, make_record: Any) -> None:
+    rows = [{"metric": "detected", "value": 1.0}]
+    record = make_record(experiment="monitor_detection", scale="cpu", factors={"fault": "nan_batch"}, observations=rows)
+    write_record(tmp_path, record)
+    page = write_tables("monitor_detection", tmp_path, tmp_path)[0].read_text(encoding="utf-8")
+    assert "| nan_batch |" in page
+    assert "reduction" not in page and "95% interval" not in page
+
+
 def test_one_seed_has_no_interval(tmp_path: Path, make_record: Any) -> None:
     rows = [{"arm": arm, "split": "test", "value": value} for arm, value in (("raw", 2.0), ("ema", 1.0))]
     write_record(tmp_path, make_record(observations=rows))
