@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,14 +37,14 @@ def structural_copy(model: nn.Module, device: str = "cpu") -> Any:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """All tensors of the model: stored ones, and those that are plain attributes of modules."""
+    """All tensors of the model: stored ones, and those in plain attributes of modules (PEFT's virtual tokens)."""
     for module in model.modules():
         if hasattr(module, "_hf_hook"):
             raise ValueError(
                 f"the model must be whole on one device, got {type(module).__name__} with hooks that move its weights; "
                 "load it without device_map, or pass its config"
             )
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+        yield from _inside(vars(module))
     for parameter in model.parameters():
         if hasattr(parameter, "__tensor_flatten__") or hasattr(parameter, "SCB"):
             raise ValueError(
@@ -52,6 +52,18 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
                 "the step with MeasureMemory instead"
             )
     yield from stored_tensors(model)
+
+
+def _inside(value: object) -> Iterator[Tensor]:
+    """Tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _inside(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _inside(item)
 
 
 def _zeros_like(tensor: Tensor, bases: dict[int, Tensor], device: str) -> Tensor:

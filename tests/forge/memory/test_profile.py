@@ -25,6 +25,7 @@ from tests.forge.memory.training import (
     qlora,
     t5,
     with_idle_part,
+    with_prompts,
 )
 
 TOLERANCE = 0.01
@@ -81,6 +82,10 @@ CASES = {
     "QLoRA, checkpointed, accumulated, autocast": Case(
         qlora, {"gradient_accumulation_steps": 2, **CHECKPOINTED, **BF16}
     ),
+    "prompt tuning": plain(lambda: with_prompts("prompt-tuning", llama())),
+    "P-tuning, classifier": plain(lambda: with_prompts("p-tuning", llama_classifier())),
+    "P-tuning v2, BERT classifier": plain(lambda: with_prompts("p-tuning-v2", bert_classifier())),
+    "prefix tuning, autocast": plain(lambda: with_prompts("prefix-tuning", llama()), **BF16),
     "classifier": plain(llama_classifier),
     "classifier, padding, autocast": plain(llama_classifier, padding=True, **BF16),
     "classifier, LoRA": plain(lambda: lora(llama_classifier(), task_type="SEQ_CLS")),

@@ -28,6 +28,7 @@ from transformers import (
 
 from forge.freezing import setup_lp_lora_style
 from forge.memory import MeasuredMemory, MeasureMemory
+from forge.presets import get_preset
 from forge.presets.quantisation import prepare_quantised
 
 BATCH, TOKENS, VOCABULARY = 2, 64, 300
@@ -88,6 +89,12 @@ def half_frozen(model: Any) -> Any:
 def lora(model: Any, dropout: float = 0.0, targets: Any = ("q_proj", "v_proj"), **options: Any) -> Any:
     targets = targets if isinstance(targets, str) else list(targets)
     return get_peft_model(model, LoraConfig(r=8, target_modules=targets, lora_dropout=dropout, **options))
+
+
+def with_prompts(preset: str, model: Any) -> Any:
+    """Prompt learning with few positions."""
+    torch.manual_seed(0)
+    return get_preset(preset, num_virtual_tokens=5).prepare(model)
 
 
 def qlora(folder: Path, *, double: bool = True, kind: Any = LlamaForCausalLM) -> Any:
