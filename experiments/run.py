@@ -222,9 +222,12 @@ def _print_plan(
 ) -> None:
     print(f"{experiment.name} v{experiment.version} at scale {options.scale}: {experiment.question}")
     print(f"{len(records)} of {len(specs)} trials have a record; cost of the whole: {experiment.cost[options.scale]}")
+    if records:
+        spent = sum(sum(record.seconds.values()) for record in records.values())
+        print(f"those that have one took {_spell_out(spent)} of worker-process time")
     left = _measured_seconds_left(specs, records)
     if left is not None:
-        print(f"the rest takes about {left / 60:.0f} min per worker-process, by the trials that are done")
+        print(f"the rest takes about {_spell_out(left)} of it, by the trials that are done")
     if options.dry_run:
         for spec in specs:
             factors = " ".join(f"{k}={v}" for k, v in spec.factors.items())
@@ -232,6 +235,13 @@ def _print_plan(
             print(f"  {spec.trial_id}  seed={spec.seed} {factors}  {state}")
         for key, value in specs[0].settings.items():
             print(f"  {key}: {value}")
+
+
+def _spell_out(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.4 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _measured_seconds_left(specs: Sequence[TrialSpec], records: dict[str, TrialRecord]) -> float | None:

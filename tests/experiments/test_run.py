@@ -64,6 +64,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path, small):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_says_what_the_records_took(finished, cli, read_all):
+    done = cli(*finished.arguments, "--dry-run", "--results", finished.results)
+    seconds = sum(sum(record["seconds"].values()) for record in read_all(finished.results).values())
+    assert 0 < seconds < 120
+    assert "2 of 2 trials have a record" in done.stdout
+    assert f"those that have one took {seconds:.0f} s of worker-process time" in done.stdout
+    assert "the rest takes" not in done.stdout
+
+
 def test_an_interrupt_of_the_parent_alone_reaches_its_workers(long, start_cli, wait_for_step, tmp_path):
     process = start_cli(*long, "--results", tmp_path / "results", "--runs", tmp_path / "runs")
     wait_for_step(tmp_path / "runs", process)
