@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import formulas
 from experiments.ema_ablation import EXPERIMENT, SCALES, trials
 from experiments.harness import bad_batch
 from experiments.harness.averaging import LENGTHS, posthoc_arm
@@ -197,7 +196,8 @@ def test_the_spread_of_late_losses_is_that_of_the_recorded_ones(measure, measure
     assert set(spread) == set(log) == {(arm, 12) for arm in ARMS if arm != "initial"}
     for arm, _ in spread:
         losses = {step: loss for (of, step), loss in late.items() if of == arm}
-        expected = formulas.residual_sd(np.array([*losses], dtype=float), np.array([*losses.values()]))
+        (squares,) = np.polyfit([*losses], [*losses.values()], deg=1, full=True)[1]
+        expected = math.sqrt(squares / (5 - 2))
         assert len(losses) == 5 and spread[arm, 12] == pytest.approx(expected, rel=1e-6)
         assert log[arm, 12] == math.log(spread[arm, 12])
     assert values(measured, metric="late_loss_spread") == {}, "two losses have no spread around a line"
