@@ -153,7 +153,7 @@ SCALES = {
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
     "laptop": "about 12 min on 2 cores",
-    "cpu": "planned for 4.6 core-h (--workers 2 on 2 cores: 2 h 20 min); not yet measured",
+    "cpu": "about 4.4 core-h (--workers 2 on 2 cores: 2 h 15 min)",
     "gpu": "planned for 30 min on one 80 GB GPU with --workers 3; not yet measured",
     "paper": "days on one 80 GB GPU; not yet measured",
 }
@@ -195,7 +195,7 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     model, initial = ingredients.model, copy_of_weights(ingredients.model)
     arms = {f"ema_{decay:g}": decay for decay in track.decays} | {"ema_optimal": compute_optimal_decay(steps)}
     ema = EMACallback(decay=tuple({decay_label(decay): decay for decay in arms.values()}.values()))
-    curve = CurveCallback(track.curve, steps, context.work_dir)
+    curve = CurveCallback(track.curve, steps, context.work_dir, relative_to_start=False)
 
     tested = with_evaluation_batch(track)
     losses, before_sec = losses_on_test(tested, ingredients, {"initial": nullcontext})

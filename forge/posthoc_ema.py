@@ -34,6 +34,9 @@ Array = npt.NDArray[np.float64]
 WIDEST = 12**-0.5
 """σ_rel of γ = 0, the uniform average of the whole run; a profile that leans to the end is narrower."""
 
+_START = "start"
+"""Label, and file name, of the weights at the beginning of the run."""
+
 _CHUNK_STEPS = 1 << 15
 """Steps whose weights are held at once while profiles are compared."""
 
@@ -95,8 +98,10 @@ class PostHocEMACallback(EMACallback):
         snapshots: folder of the snapshots, one safetensors file each; made if it does not exist.
         every_steps: optimizer steps between snapshots; the last step of the run has one too.
         sigma_rel: widths of the two profiles.
-        dtype: of the stored tensors; None stores them as they are followed (fp32 at least). ``torch.float16`` halves
-            the files, and its rounding is below that of weights used in bf16.
+        dtype: None stores the averages as they are followed (fp32 at least); ``torch.float16`` halves the files.
+        relative_to_start: with a ``dtype``, store how far an average has come from the weights at the beginning, which
+            lie beside the snapshots in full. False rounds the averages themselves: where training moves weights little,
+            as in fine-tuning, their rounding, which a reconstruction multiplies, is as large as what averaging changes.
         **options: as of ``PowerEMAModel``.
 
     Raises:
@@ -114,6 +119,7 @@ class PostHocEMACallback(EMACallback):
         sigma_rel: Sequence[float] = (0.05, 0.10),
         *,
         dtype: torch.dtype | None = None,
+        relative_to_start: bool = True,
         **options: Any,
     ) -> None:
         if every_steps < 1:
@@ -128,6 +134,15 @@ class PostHocEMACallback(EMACallback):
                 f"every_steps must be a multiple of update_every, got {every_steps} and {options['update_every']}"
             )
         self._folder, self._every, self._dtype = Path(snapshots), every_steps, dtype
+        self._relative = relative_to_start and dtype is not None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Start from θ(0), or from the checkpoint that training resumes from."""
+        super().on_train_begin(args, state, control, **kw)
+        if self._relative and state.global_step == 0 and args.should_save:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            beginning = {_START: self.ema.averages(self.ema.decays[0])}
+            save_ema_file({"averages": _on_cpu(beginning)}, _start_path(self._folder))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Update the averages and store them when it is time."""
@@ -139,12 +154,34 @@ class PostHocEMACallback(EMACallback):
     def _snapshot(self) -> dict[str, Any]:
         """The state, in the dtype of the files, with the updates that its profiles are counted in."""
         ema = self.ema
-        stored = {
-            decay_label(width): {n: t.to(device="cpu", dtype=self._dtype) for n, t in ema.averages(width).items()}
-            for width in ema.decays
-        }
+        averages = _on_cpu({decay_label(width): ema.averages(width) for width in ema.decays})
+        if self._relative:
+            with safe_open(_existing_start(self._folder), framework="pt") as start:
+                for named in averages.values():
+                    for name in named:
+                        named[name] = named[name] - start.get_tensor(f"{_START}/{name}")
+        if self._dtype is not None:
+            averages = {label: {n: t.to(self._dtype) for n, t in named.items()} for label, named in averages.items()}
         told = {"step": ema.step, "decays": list(ema.decays), "update_every": ema.update_every}
-        return {**told, "averages": stored}
+        return {**told, "relative_to_start": self._relative, "averages": averages}
+
+
+def _on_cpu(averages: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {label: {name: tensor.cpu() for name, tensor in named.items()} for label, named in averages.items()}
+
+
+def _start_path(folder: Path) -> Path:
+    return folder / f"{_START}.safetensors"
+
+
+def _existing_start(folder: Path) -> Path:
+    path = _start_path(folder)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"snapshots relative to the start need the weights at the beginning of the run, but {path} is missing; "
+            "use the folder that the run began with"
+        )
+    return path
 
 
 def snapshot_path(folder: str | Path, step: int) -> Path:
@@ -229,7 +266,10 @@ def _reconstructions(
         combine(profiles, np.pad(profile, (0, last // every - profile.size)))
         for profile in wanted(every, step // every)
     ]
-    sums = _weighted_sums([(files[at], decay_label(width)) for width, at in stored], np.array([s for s, _ in found]))
+    parts, shares = [(files[at], decay_label(width)) for width, at in stored], np.array([each for each, _ in found])
+    if told["relative_to_start"]:
+        parts, shares = [(_existing_start(Path(folder)), _START), *parts], np.insert(shares, 0, 1.0, axis=1)
+    sums = _weighted_sums(parts, shares)
     return [Reconstruction(averages, error) for averages, (_, error) in zip(sums, found, strict=True)]
 
 

@@ -58,9 +58,11 @@ class CurveCallback(PostHocEMACallback):
         curve: what is followed.
         steps: optimizer steps of the run.
         work_dir: of the trial; snapshots and clock lie there until it is finished.
+        relative_to_start: see ``PostHocEMACallback``. False in version 2 of ``ema_ablation``, whose claim on the error
+            found what rounded weights do to fine-tuning.
     """
 
-    def __init__(self, curve: AveragingCurve, steps: int, work_dir: Path) -> None:
+    def __init__(self, curve: AveragingCurve, steps: int, work_dir: Path, *, relative_to_start: bool = True) -> None:
         self.snapshots = work_dir / "snapshots"
         self._curve, self._clock, self._began = curve, work_dir / "curve_seconds.json", 0.0
         self.seconds = {"steps": 0.0, "following": 0.0}
@@ -70,6 +72,7 @@ class CurveCallback(PostHocEMACallback):
             curve.snapshot_every(steps),
             FOLLOWED,
             dtype=torch.float16,
+            relative_to_start=relative_to_start,
             update_every=curve.follow_every,
         )
 

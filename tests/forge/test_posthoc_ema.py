@@ -112,14 +112,14 @@ def test_profiles_sum_to_one():
     assert power_profile(6.94, 200).sum() == pytest.approx(1)
 
 
-def train(folder, callbacks, resume=None, steps=64):
+def train(folder, callbacks, resume=None, steps=64, learning_rate=1e-2):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 50}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **shape))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 50, (64, 8), generator=generator)
     args = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2,
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=learning_rate,
         save_steps=32, report_to=[], disable_tqdm=True, use_cpu=True, lr_scheduler_type="constant",
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in rows]
@@ -182,6 +182,39 @@ def test_averages_of_every_second_step_in_half_precision(run, tmp_path):
     assert {tensor.dtype for tensor in found.averages.values()} == {torch.float32}
     sizes = [snapshot_path(where / "snapshots", 64).stat().st_size for where in (tmp_path, folder)]
     assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_half_precision_is_relative_to_what_training_moves(tmp_path):
+    """A fine-tuning that hardly moves the weights: rounded, they would differ by more than averaging changes."""
+    steps, exact = 64, EMACallback(decay=0.8, evaluate=False, bias_correction=True)
+    half = PostHocEMACallback(tmp_path / "half", every_steps=4, dtype=torch.float16)
+    rounded = PostHocEMACallback(tmp_path / "rounded", 4, dtype=torch.float16, relative_to_start=False)
+    full = PostHocEMACallback(tmp_path / "full", every_steps=4)
+    model = train(tmp_path / "out", [half, rounded, full, exact], steps=steps, learning_rate=1e-6)
+    wanted, raw = exact.ema.averages(0.8), dict(model.named_parameters())
+    found = {name: reconstruct(tmp_path / name, decay=0.8).averages for name in ("half", "rounded", "full")}
+
+    def distance(first, second):
+        return sum((first[n].detach() - second[n]).double().square().sum() for n in wanted) ** 0.5
+
+    assert distance(found["half"], found["full"]) < 0.03 * distance(raw, wanted)
+    assert distance(found["rounded"], found["full"]) > distance(raw, wanted)
+
+
+def test_half_precision_needs_the_weights_at_the_beginning(tmp_path):
+    half = PostHocEMACallback(tmp_path / "half", every_steps=32, dtype=torch.float16)
+    train(tmp_path / "out", [half])
+    elsewhere = PostHocEMACallback(tmp_path / "other", every_steps=32, dtype=torch.float16)
+    with pytest.raises(
+        FileNotFoundError, match=r"start.safetensors is missing; use the folder that the run began with"
+    ):
+        train(tmp_path / "out", [elsewhere], resume=tmp_path / "out" / "checkpoint-32")
+    before = snapshot_path(tmp_path / "half", 64).read_bytes()
+    train(tmp_path / "out", [half], resume=tmp_path / "out" / "checkpoint-32")
+    assert snapshot_path(tmp_path / "half", 64).read_bytes() == before
+    (tmp_path / "half" / "start.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"start.safetensors is missing"):
+        reconstruct(tmp_path / "half", sigma_rel=0.1)
 
 
 def test_snapshots_after_the_step_are_not_read(run):
