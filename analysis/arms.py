@@ -52,8 +52,8 @@ LAYOUTS: dict[str, Layout] = {
         order={"track": ("main", "length"), "steps": (), "schedule": ("constant", "cosine")},
     ),
     "ema_conditions": Layout(
-        also=(),
-        order={"track": ("cells",), "condition": ("base",), "schedule": ("constant", "cosine")},
+        also=("accuracy",),
+        order={"track": ("cells", "generative"), "condition": ("base",), "schedule": ("constant", "cosine")},
     ),
     "freeze_ratio": Layout(
         also=("perplexity", "other_domain_loss", "accuracy", "macro_f1"),

@@ -45,7 +45,7 @@ SENTENCES = (
     Sentence("000", 17, "θ_ema(t) = β × θ_ema(t-1) + (1-β) × θ(t)", kind="definition"),
     Sentence("000", 21, "Стандартный SGD сходится как O(1/√t)", ("sgd-root-rate-*",)),
     Sentence("000", 22, "SGD с Polyak averaging сходится как O(1/t)", ("polyak-rate-*",)),
-    Sentence("000", 25, "SGD «прыгает» вокруг оптимума из-за шума градиентов"),
+    Sentence("000", 25, "SGD «прыгает» вокруг оптимума из-за шума градиентов", ("ema-gains-from-gradient-noise-*",)),
     Sentence("000", 26, "EMA усредняет эти колебания", ("ema-reduces-spread-*",)),
     Sentence("000", 27, "Меньшая дисперсия → лучшая generalization", ("ema-optimal-lowers-loss-*",)),
     Sentence("000", 32, "Variance: O(σ²/t) без EMA, O(σ²/t²) с EMA", ("variance-*",)),
