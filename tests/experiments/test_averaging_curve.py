@@ -103,7 +103,11 @@ def test_a_large_batch_is_a_treatment(tmp_path):
 
 
 def test_an_average_that_is_not_updated_or_not_stored_fails_the_trial(tmp_path, monkeypatch):
-    monkeypatch.setattr(CurveCallback, "_snapshot", lambda self: {**self.ema.state_dict(), "update_every": 1})
+    monkeypatch.setattr(
+        CurveCallback,
+        "_snapshot",
+        lambda self: {**self.ema.state_dict(), "update_every": 1, "relative_to_start": False},
+    )
     monkeypatch.setattr("experiments.harness.posthoc.FOLLOWED", (1e-4, 2e-4))
     failed = EXPERIMENT.run_trial(spec(), Context(tmp_path))
     assert "curve_equals_raw" in {check.name for check in failed.checks if not check.passed}
