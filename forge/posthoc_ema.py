@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,8 @@ class PostHocEMACallback(EMACallback):
         super().on_train_begin(args, state, control, **kw)
         if self._relative and state.global_step == 0 and args.should_save:
             self._folder.mkdir(parents=True, exist_ok=True)
-            beginning = {_START: self.ema.averages(self.ema.decays[0])}
-            save_ema_file({"averages": _on_cpu(beginning)}, _start_path(self._folder))
+            beginning = {name: weights.cpu() for name, weights in self.ema.averages(self.ema.decays[0]).items()}
+            save_ema_file({"averages": {_START: beginning}}, _start_path(self._folder))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Update the averages and store them when it is time."""
@@ -154,20 +154,18 @@ class PostHocEMACallback(EMACallback):
     def _snapshot(self) -> dict[str, Any]:
         """The state, in the dtype of the files, with the updates that its profiles are counted in."""
         ema = self.ema
-        averages = _on_cpu({decay_label(width): ema.averages(width) for width in ema.decays})
-        if self._relative:
-            with safe_open(_existing_start(self._folder), framework="pt") as start:
-                for named in averages.values():
-                    for name in named:
-                        named[name] = named[name] - start.get_tensor(f"{_START}/{name}")
-        if self._dtype is not None:
-            averages = {label: {n: t.to(self._dtype) for n, t in named.items()} for label, named in averages.items()}
+        with safe_open(_existing_start(self._folder), framework="pt") if self._relative else nullcontext() as start:
+            averages = {
+                decay_label(width): {n: self._stored(n, average, start) for n, average in ema.averages(width).items()}
+                for width in ema.decays
+            }
         told = {"step": ema.step, "decays": list(ema.decays), "update_every": ema.update_every}
         return {**told, "relative_to_start": self._relative, "averages": averages}
 
-
-def _on_cpu(averages: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    return {label: {name: tensor.cpu() for name, tensor in named.items()} for label, named in averages.items()}
+    def _stored(self, name: str, average: Tensor, start: Any) -> Tensor:
+        """One average as it goes into the file, on the CPU."""
+        from_start = average.cpu() if start is None else average.cpu() - start.get_tensor(f"{_START}/{name}")
+        return from_start.to(self._dtype)
 
 
 def _start_path(folder: Path) -> Path:
