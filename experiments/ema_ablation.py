@@ -152,7 +152,7 @@ SCALES = {
 
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
-    "laptop": "about 12 min on 2 cores",
+    "laptop": "planned for 20 min on 2 cores; not yet measured",
     "cpu": "about 4.4 core-h (--workers 2 on 2 cores: 2 h 15 min)",
     "gpu": "planned for 30 min on one 80 GB GPU with --workers 3; not yet measured",
     "paper": "days on one 80 GB GPU; not yet measured",

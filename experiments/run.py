@@ -91,11 +91,12 @@ def _list(argv: Sequence[str]) -> int:
     for experiment in load_experiments():
         print(f"{experiment.name}  (version {experiment.version}, {len(experiment.claims)} claims)")
         print(f"  {experiment.question}")
-        recorded = recorded_trials(parsed.results, experiment.name, experiment.version)
+        unplaced = recorded_trials(parsed.results, experiment.name, experiment.version)
         for scale, settings in experiment.scales.items():
             specs = experiment.trials(settings, scale)
-            done = sum(spec.trial_id in recorded for spec in specs) if recorded else 0
-            print(f"  --scale {scale:<7} {done:>3}/{len(specs):<3} trials done   {experiment.cost[scale]}")
+            done = unplaced.intersection(spec.trial_id for spec in specs) if unplaced else unplaced  # ids take time
+            unplaced = unplaced - done
+            print(f"  --scale {scale:<7} {len(done):>3}/{len(specs):<3} trials done   {experiment.cost[scale]}")
     print("\npython -m experiments.run NAME [--scale SCALE] [--dry-run] [options]; NAME --help lists the options")
     return 0
 

@@ -77,6 +77,8 @@ def test_without_a_control_there_are_no_reductions(tmp_path: Path, make_record: 
     page = write_tables("monitor_detection", tmp_path, tmp_path)[0].read_text(encoding="utf-8")
     assert "| nan_batch |" in page
     assert "reduction" not in page and "95% interval" not in page
+    assert "| fault     |" in summary("monitor_detection", tmp_path)
+    assert "reduction" not in summary("monitor_detection", tmp_path)
 
 
 def test_one_seed_has_no_interval(tmp_path: Path, make_record: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import json
 import math
 from collections import Counter
 
@@ -132,6 +133,48 @@ def test_an_interrupted_trial_measures_the_same(measured, tmp_path):
         assert getattr(resumed, part) == getattr(measured, part)
     timeless = [[row for row in each.observations if row.unit != "s"] for each in (resumed, measured)]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize(("kept_step", "goes_on"), [(4, True), (2, False)])
+def test_the_clock_of_the_curve_goes_on_where_the_checkpoint_is(tmp_path, kept_step, goes_on):
+    """Seconds that belong to another step than that of the checkpoint are lost with it."""
+    (spec,) = specs()
+    with pytest.raises(Preempted):
+        EXPERIMENT.run_trial(spec, stopping.Context(tmp_path, stop_at=4))
+    clock = tmp_path / "curve_seconds.json"
+    assert json.loads(clock.read_text())["step"] == 4
+    clock.write_text(json.dumps({"step": kept_step, "seconds": {"steps": 1e6, "following": 0.0}}))
+    resumed = EXPERIMENT.run_trial(spec, Context(tmp_path))
+    (steps,) = (o.value for o in resumed.observations if o.metric == "run_part_sec" and o.part == "steps")
+    assert (steps > 1e6) == goes_on
+
+
+def test_version_2_stores_rounded_weights(tmp_path):
+    """All its records do: half-precision snapshots without the weights that they would be relative to."""
+    EXPERIMENT.run_trial(specs()[0], Context(tmp_path))
+    stored = sorted(path.name for path in (tmp_path / "snapshots").iterdir())
+    assert EXPERIMENT.version == 2 and stored[0].startswith("step-") and "start.safetensors" not in stored
+
+
+def test_a_curve_of_the_raw_weights_alone_fails_the_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.harness.posthoc.FOLLOWED", (1e-4, 2e-4))
+    told = {"update_every": 1, "relative_to_start": False}
+    monkeypatch.setattr(CurveCallback, "_snapshot", lambda self: {**self.ema.state_dict(), **told})
+    failed = EXPERIMENT.run_trial(specs()[0], Context(tmp_path))
+    assert "curve_equals_raw" in {check.name for check in failed.checks if not check.passed}
+
+
+def test_the_weights_come_back_after_the_curve(tmp_path, monkeypatch):
+    seen, along = [], CurveCallback.along
+
+    def watched(self, model, step):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        yield from along(self, model, step)
+        seen.append(all(torch.equal(p, before[name]) for name, p in model.named_parameters()))
+
+    monkeypatch.setattr(CurveCallback, "along", watched)
+    EXPERIMENT.run_trial(specs()[0], Context(tmp_path))
+    assert seen and all(seen)
 
 
 def test_lengths_are_recorded_with_what_they_are(measured):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
+from experiments import run
 from experiments.harness import worker
 
 
@@ -71,6 +72,13 @@ def test_dry_run_says_what_the_records_took(finished, cli, read_all):
     assert "2 of 2 trials have a record" in done.stdout
     assert f"those that have one took {seconds:.0f} s of worker-process time" in done.stdout
     assert "the rest takes" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(59.6, "60 s"), (119, "119 s"), (600, "10 min"), (7_140, "119 min"), (12_240, "3.4 h")]
+)
+def test_durations_are_spelled_out(seconds, said):
+    assert run._spell_out(seconds) == said
 
 
 def test_an_interrupt_of_the_parent_alone_reaches_its_workers(long, start_cli, wait_for_step, tmp_path):

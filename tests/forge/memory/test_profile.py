@@ -100,6 +100,15 @@ CASES = {
 }
 
 
+def test_tensors_in_containers_of_a_module_are_copied() -> None:
+    """PEFT keeps learned prompts' tokens in a dict; others keep tensors in lists."""
+    model = llama()
+    without = predicted(model).peak_bytes
+    model.kept = {"tokens": [torch.zeros(3)]}
+    assert predicted(model).peak_bytes >= without
+    assert model.kept["tokens"][0].shape == (3,), "the model itself is left as it is"
+
+
 def real_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The Trainer's names of the options."""
     options = dict(options)
