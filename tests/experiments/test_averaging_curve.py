@@ -88,14 +88,6 @@ def test_an_interrupted_trial_ends_as_if_it_had_not_been(measured, tmp_path, sto
     assert seconds["steps"] > kept["seconds"]["steps"], "the clock goes on where it stood"
 
 
-def test_the_clock_of_other_steps_is_not_taken_up(tmp_path):
-    with pytest.raises(Preempted):
-        EXPERIMENT.run_trial(spec(), Context(tmp_path, stop_at=3))
-    (tmp_path / "curve_seconds.json").write_text(json.dumps({"step": 2, "seconds": {"steps": 1e6, "following": 0.0}}))
-    resumed = EXPERIMENT.run_trial(spec(), Context(tmp_path))
-    assert max(o.value for o in resumed.observations if o.unit == "s") < 1e5
-
-
 def test_a_large_batch_is_a_treatment(tmp_path):
     large = EXPERIMENT.run_trial(spec("large_batch"), Context(tmp_path))
     (check,) = (check for check in large.checks if check.name == "batch_size")

@@ -156,27 +156,6 @@ def test_version_2_stores_rounded_weights(tmp_path):
     assert EXPERIMENT.version == 2 and stored[0].startswith("step-") and "start.safetensors" not in stored
 
 
-def test_a_curve_of_the_raw_weights_alone_fails_the_trial(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.harness.posthoc.FOLLOWED", (1e-4, 2e-4))
-    told = {"update_every": 1, "relative_to_start": False}
-    monkeypatch.setattr(CurveCallback, "_snapshot", lambda self: {**self.ema.state_dict(), **told})
-    failed = EXPERIMENT.run_trial(specs()[0], Context(tmp_path))
-    assert "curve_equals_raw" in {check.name for check in failed.checks if not check.passed}
-
-
-def test_the_weights_come_back_after_the_curve(tmp_path, monkeypatch):
-    seen, along = [], CurveCallback.along
-
-    def watched(self, model, step):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        yield from along(self, model, step)
-        seen.append(all(torch.equal(p, before[name]) for name, p in model.named_parameters()))
-
-    monkeypatch.setattr(CurveCallback, "along", watched)
-    EXPERIMENT.run_trial(specs()[0], Context(tmp_path))
-    assert seen and all(seen)
-
-
 def test_lengths_are_recorded_with_what_they_are(measured):
     rows = [o.model_dump() for o in measured.observations if o.metric == "eval_loss"]
     curve = {row["sigma_rel"]: row for row in rows if "sigma_rel" in row and row["split"] == "test"}
