@@ -8,7 +8,6 @@ a campaign, and so one worker runs it; several workers, also on several machines
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.harness.experiment import UserError
 from experiments.harness.record import Metric, Scalar
-from experiments.harness.tuning import write_runs
+from experiments.harness.tuning import read_runs, write_runs
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -172,7 +171,7 @@ def sweep(
     from optuna.trial import TrialState
 
     study = _study(space, seed)
-    earlier = [SweepRun(**row) for row in json.loads(file.read_text())] if file.is_file() else []
+    earlier = [SweepRun(**row) for row in read_runs(file)]
     runs: list[SweepRun] = []
     for number in range(space.runs):
         trial = study.ask(space.distributions)
