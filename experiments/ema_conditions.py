@@ -155,8 +155,8 @@ SCALES = {
 
 COST = {
     "smoke": "under 1 min on 2 cores, no download",
-    "laptop": "about 12 min on 2 cores",
-    "cpu": "planned for 3.5 core-h (--workers 2 on 2 cores: 1 h 45 min); not yet measured",
+    "laptop": "planned for 12 min on 2 cores; not yet measured",
+    "cpu": "about 3.1 core-h (--workers 2 on 2 cores: 1 h 35 min)",
     "gpu": "planned for 30 min on one 80 GB GPU with --workers 4; not yet measured",
 }
 
