@@ -90,14 +90,14 @@ class Campaign:
         """Scope of all trials, see ``scope_of``."""
         return self.scope_of({})
 
-    def scope_of(self, where: Selector) -> str:
-        """World or model, data, hardware, scale and seeds of the trials whose factors agree with a selector.
+    def scope_of(self, *selectors: Selector) -> str:
+        """World or model, data, hardware, scale and seeds of the trials whose factors agree with one of the selectors.
 
         ``smollm2-135m · moby_dick · CPU ×2 · cpu · seeds 0–4``. Model and data are left out where neither settings nor
         factors name them. A factor may choose between groups of settings, as ``track`` does in ``ema_ablation``: then
         the chosen group names them, or the only one there is. The seeds are those of the trials that succeeded.
         """
-        chosen = self._agreeing(where)
+        chosen = self._agreeing(*selectors)
         named = [_levels(chosen, key) for key in ("world", "model", "dataset")]
         parts = [*named, _hardware(chosen), self.scale]
         seeds = sorted({record.spec.seed for record in chosen if succeeded(record)})
@@ -108,9 +108,10 @@ class Campaign:
         """The models of the trials whose factors agree with a selector; empty where none is named."""
         return _levels(self._agreeing(where), "model")
 
-    def _agreeing(self, where: Selector) -> list[TrialRecord]:
-        """The records whose factors agree with a selector; all of them where none does."""
-        return [record for record in self.records if agrees(record.spec.factors, where)] or list(self.records)
+    def _agreeing(self, *selectors: Selector) -> list[TrialRecord]:
+        """The records whose factors agree with one of the selectors; all of them where none does."""
+        found = [record for record in self.records if any(agrees(record.spec.factors, where) for where in selectors)]
+        return found or list(self.records)
 
 
 def agrees(factors: Mapping[str, object], selector: Selector) -> bool:

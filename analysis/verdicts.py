@@ -42,7 +42,7 @@ from analysis.statistics import (
     seeds_needed,
     sign_flip_p,
 )
-from experiments.harness.claims import Claim, Estimand, Proportion, Rate, Region, is_exact
+from experiments.harness.claims import Claim, Estimand, Proportion, Rate, Region, Selector, is_exact
 from experiments.harness.record import TrialRecord
 
 Outcome = Literal["confirmed", "refuted", "insufficient"]
@@ -151,7 +151,7 @@ def _judge(claim: Claim, campaign: Campaign, observations: pd.DataFrame, n_sampl
         n=None if estimate is None else estimate.n,
         n_ok=len(_ok_ids(campaign)),
         n_planned=campaign.n_planned,
-        scope=campaign.scope_of(claim.estimand.where),
+        scope=campaign.scope_of(*_arms(claim.estimand)),
         registered=all(_registered(claim, record) for record in campaign.records),
         simultaneous_alpha=alpha,
         p_sign_flip=finding.p_sign_flip,
@@ -200,10 +200,15 @@ def _planned_seeds(estimand: Estimand, campaign: Campaign) -> set[int]:
 
     The seeds of all records count, whatever became of the trial; where records are missing, the campaign is incomplete.
     """
-    arms = [{**estimand.where, **arm} for arm in selectors(estimand)]
-    return set.intersection(
-        *({record.spec.seed for record in campaign.records if agrees(record.spec.factors, arm)} for arm in arms)
-    )
+    seeds = [
+        {record.spec.seed for record in campaign.records if agrees(record.spec.factors, arm)} for arm in _arms(estimand)
+    ]
+    return set.intersection(*seeds)
+
+
+def _arms(estimand: Estimand) -> list[Selector]:
+    """What selects each arm of an estimand."""
+    return [{**estimand.where, **arm} for arm in selectors(estimand)]
 
 
 def _of_mean(claim: Claim, values: pd.Series[float], estimate: Estimate, alpha: float) -> _Finding:
@@ -240,12 +245,12 @@ def _require_every_trial(estimand: Estimand, campaign: Campaign, seeds: set[int]
     Raises:
         CannotEstimate: if one that succeeded and whose factors agree with the claim's selectors has no value.
     """
-    arms = selectors(estimand)
+    arms = _arms(estimand)
     for record in campaign.ok_records:
-        about = any(agrees(record.spec.factors, {**estimand.where, **arm}) for arm in arms)
+        about = any(agrees(record.spec.factors, arm) for arm in arms)
         has_value = record.spec.seed in values.index or record.trial_id in values.index
         if about and record.spec.seed in seeds and not has_value:
-            wanted = ", ".join(sorted({name for arm in arms for name in (*estimand.where, *arm)})) or "the metric"
+            wanted = ", ".join(sorted({name for arm in arms for name in arm})) or "the metric"
             raise CannotEstimate(
                 f"every trial that a claim is about must record what it needs ({wanted}), but trial {record.trial_id} "
                 f"(seed {record.spec.seed}) has no row that matches; correct the experiment and run it as a new version"

@@ -13,7 +13,17 @@ import pytest
 from analysis.evidence import is_default
 from analysis.load import load_campaigns
 from analysis.verdicts import MIN_SEEDS, NOT_MEASURED, judge_campaign
-from experiments.harness.claims import Claim, Estimand, Exact, ExactRatio, Proportion, Rate, Region, RelativeReduction
+from experiments.harness.claims import (
+    Claim,
+    Estimand,
+    Exact,
+    ExactRatio,
+    Interaction,
+    Proportion,
+    Rate,
+    Region,
+    RelativeReduction,
+)
 from experiments.harness.experiment import load_experiment
 from experiments.harness.record import ManipulationCheck, write_record
 from experiments.verdict_calibration import FAMILIES
@@ -85,6 +95,19 @@ def test_the_verdict_is_where_the_interval_lies(campaign, region, outcome, reaso
     assert verdict.scope == "smollm2-135m · moby_dick · CPU ×2 · cpu · seeds 0–2"
     assert verdict.simultaneous_alpha == 0.05
     assert verdict.registered
+
+
+def test_the_scope_of_an_interaction_is_that_of_its_two_conditions(make_record, tmp_path):
+    tracks = {"text": "smollm2-135m", "sentiment": "minilm-l6", "other": "tiny-random"}
+    observations = [{"value": 4.0, "arm": "raw"}, {"value": 3.0, "arm": "ema"}]
+    for track in tracks:
+        settings = {name: {"model": model} for name, model in tracks.items()}
+        factors = {"track": track}
+        write_record(tmp_path, make_record(factors=factors, settings=settings, observations=observations, hardware={}))
+    ((loaded,), _) = load_campaigns(tmp_path)
+    claim = claim_of(Region(low=0.0), Interaction(REDUCTION, {"track": "text"}, {"track": "sentiment"}))
+    (verdict,) = judge_campaign([claim], loaded)
+    assert verdict.scope == "minilm-l6, smollm2-135m · cpu · seed 0"
 
 
 def test_the_edges_of_a_region_belong_to_it(campaign):
