@@ -98,6 +98,14 @@ def test_shares_sum_to_one_so_that_weights_that_stand_still_are_kept():
     assert shares.sum() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize("width", [0.03, 0.05, 0.08, 0.1, 0.15, 0.2])
+def test_twenty_snapshots_of_the_default_widths_reach_others_within_three_percent(width):
+    """As the EMA page says; shorter averages are further off."""
+    stored = [power_profile(gamma_of(followed), 50 * n) for n in range(1, 21) for followed in (0.05, 0.1)]
+    assert combine(stored, power_profile(gamma_of(width), 1_000))[1] < 0.03
+    assert combine(stored, power_profile(gamma_of(0.01), 1_000))[1] > 0.1
+
+
 def test_long_runs_are_compared_in_parts(monkeypatch):
     stored = [power_profile(gamma_of(width), at) for at in (50, 100) for width in (0.05, 0.1)]
     wanted = power_profile(gamma_of(0.08), 100)
