@@ -38,6 +38,7 @@ from analysis.pareto import draw_pareto
 from analysis.rates import draw_rates
 from analysis.scaling import draw_scaling
 from analysis.style import CLAIMED, HUES, INK, MARKERS, MUTED, STYLE
+from analysis.sweeps import draw_sweeps
 from analysis.tables import experiments_with_results, options_of
 from experiments.harness.experiment import UserError, load_experiment
 
@@ -91,6 +92,7 @@ DRAWN: dict[str, Callable[[Campaign], Figure]] = {
     "freeze_ratio": draw_freezing,
     "sft_vs_lora_vs_qlora": draw_pareto,
     "lora_scaling": draw_scaling,
+    "preset_vs_tuned": draw_sweeps,
 }
 """Experiments with a figure of their own kind."""
 

@@ -23,6 +23,7 @@ from analysis.evidence import in_order
 from analysis.formatting import ENGLISH, NO_BREAK_SPACE, format_estimate, format_interval, markdown_table
 from analysis.hierarchy import seeds_and_items
 from analysis.load import Campaign, load_campaigns
+from analysis.sweeps import sweeps_markdown
 from analysis.verdicts import NOT_MEASURED, Verdict, judge_campaign
 from experiments.harness.claims import RelativeReduction
 from experiments.harness.experiment import UserError, experiment_names, load_experiment, unknown
@@ -37,7 +38,7 @@ def markdown(experiment: str, campaigns: Sequence[Campaign], former: Sequence[Ca
     parts = [f"# {experiment}", "Written by `python -m analysis.tables` from the records; do not edit."]
     for campaign in campaigns:
         parts += [f"## {heading(campaign)}", trials_line(campaign)]
-        parts += [*_arm_section(campaign), *_cost_section(campaign)]
+        parts += [*_arm_section(campaign), *_sweeps_section(campaign), *_cost_section(campaign)]
         parts += [*_verdict_section(campaign), *_items_section(campaign)]
     if former:
         lines = [f"- {heading(c)}: {trials_line(c)} Records: `results/{experiment}/v{c.version}/`." for c in former]
@@ -193,6 +194,12 @@ def _arm_section(campaign: Campaign) -> Iterator[str]:
     else:
         yield as_markdown(arm_cells(campaign, table))
         yield _note(campaign)
+
+
+def _sweeps_section(campaign: Campaign) -> Iterator[str]:
+    if text := sweeps_markdown(campaign):
+        yield "### Studies"
+        yield text
 
 
 def _cost_section(campaign: Campaign) -> Iterator[str]:
