@@ -189,12 +189,7 @@ SCALES = {
 COST = {
     "smoke": "about 1 min on 2 cores, no download",
     "laptop": "planned for 10 min on 2 cores with --workers 2; not yet measured",
-    # Core-seconds. A study of 12 runs costs about 9.7 whole ones (4 before pruning, 4 more that finish, 4 that stop
-    # after 0.4 of their steps on average); with the 2 final runs 11.7. A run has 180 steps of 8 examples, at 0.2 s
-    # (sft, classic) or 0.15 s (lora), qlora 90 of 16 at 0.55 s: 37 on average, and 1 to build the model.
-    # Looks: 9.7 × 3 × 128 examples at 0.009 s = 34; test: 2 × 600 × 0.009 = 11; data: 5. A trial: 11.7 × 38 + 50 = 495;
-    # 4 presets × 5 seeds: 9,900.
-    "cpu": "planned for 2.75 core-hours (--workers 2 on 2 cores: 1.4 h); not yet measured",
+    "cpu": "about 3.4 core-h (--workers 2 on 2 cores: 1 h 45 min)",
     "gpu": "planned for 2 days on one 80 GB GPU; not yet measured",
     "paper": "planned for 2 days on one 80 GB GPU; not yet measured",
 }
