@@ -98,8 +98,8 @@ def test_the_index_names_every_page() -> None:
     assert set(re.findall(r"\]\((\w+\.md)\)", index)) == {page.name for page in PAGES} - {"README.md"}
 
 
-def rows_of(experiment: str) -> list[dict[str, str]]:
-    with (ROOT / "results" / "tables" / f"{experiment}.csv").open(newline="") as file:
+def ema_rows() -> list[dict[str, str]]:
+    with (ROOT / "results" / "tables" / "ema_ablation.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -117,7 +117,7 @@ def test_figures_of_the_ema_page_are_those_of_the_records() -> None:
             percent(row["relative_reduction_low"]),
             percent(row["relative_reduction_high"]),
         )
-        for row in rows_of("ema_ablation")
+        for row in ema_rows()
         if row["relative_reduction"]
     }
     pattern = r"\| [^|]*, ([\d,]+) \| (\w+) \| ([^|]+) \| [^|]+ \| (\S+) % \[(\S+); (\S+)\] \|"
@@ -151,6 +151,6 @@ def test_gains_in_the_cells_are_those_of_the_records(condition: str, schedule: s
 
 def test_no_average_beat_the_raw_weights_under_cosine() -> None:
     """As the EMA page says."""
-    cosine = [row for row in rows_of("ema_ablation") if row["schedule"] == "cosine" and row["arm"].startswith("ema_")]
+    cosine = [row for row in ema_rows() if row["schedule"] == "cosine" and row["arm"].startswith("ema_")]
     assert len(cosine) > 10
     assert all(float(row["relative_reduction"]) < 0 for row in cosine)
