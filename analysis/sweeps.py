@@ -132,7 +132,7 @@ def _regrets(axis: Axes, campaign: Campaign, track: str, presets: list[str]) -> 
         axis.plot(regret.mean(), y, "D", color=HUES[0], ms=7)
         try:
             interval = mean_interval(regret, 0.05)
-        except CannotEstimate:  # one seed
+        except CannotEstimate:  # one seed, or equal ones
             continue
         axis.plot([interval.low, interval.high], [y, y], color=HUES[0], lw=1.8)
     low, high = axis.get_xlim()
