@@ -367,7 +367,9 @@ def _adapters(model: Any) -> Iterable[nn.Parameter]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    biases = {getattr(model.peft_config[name], "bias", "none") for name in model.active_adapters}
+    active = model.active_adapters
+    names = active() if callable(active) else active  # a method where transformers itself holds the adapters
+    biases = {getattr(model.peft_config[name], "bias", "none") for name in names}
     holders: list[Any] = [getattr(model, "prompt_encoder", {})]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -375,7 +377,7 @@ def _adapters(model: Any) -> Iterable[nn.Parameter]:
             bias = getattr(module, "bias", None)
             if isinstance(bias, nn.Parameter) and any(kind.endswith("_only") for kind in biases):
                 yield bias
-    held: list[Any] = [holder[name] for holder in holders for name in model.active_adapters if name in holder]
+    held: list[Any] = [holder[name] for holder in holders for name in names if name in holder]
     for adapter in held:
         yield from [adapter] if isinstance(adapter, nn.Parameter) else adapter.parameters()
     if "all" in biases:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,7 @@ class PostHocEMACallback(EMACallback):
     Args:
         snapshots: folder of the snapshots, one safetensors file each; made if it does not exist.
         every_steps: optimizer steps between snapshots; the last step of the run has one too.
+            A run from step 0 empties the folder of snapshots, one that resumes drops those of later steps.
         sigma_rel: widths of the two profiles.
         dtype: None stores the averages as they are followed (fp32 at least); ``torch.float16`` halves the files.
         relative_to_start: with a ``dtype``, store how far an average has come from the weights at the beginning, which
@@ -139,6 +140,10 @@ class PostHocEMACallback(EMACallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Start from θ(0), or from the checkpoint that training resumes from."""
         super().on_train_begin(args, state, control, **kw)
+        if args.should_save:
+            for step, path in _snapshots(self._folder).items():
+                if step > state.global_step or (step % self._every and step != state.max_steps):
+                    path.unlink()
         if self._relative and state.global_step == 0 and args.should_save:
             self._folder.mkdir(parents=True, exist_ok=True)
             beginning = {name: weights.cpu() for name, weights in self.ema.averages(self.ema.decays[0]).items()}
@@ -147,7 +152,17 @@ class PostHocEMACallback(EMACallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Update the averages and store them when it is time."""
         super().on_step_end(args, state, control, **kw)
-        if args.should_save and (state.global_step % self._every == 0 or state.global_step == state.max_steps):
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._store(args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Store the last step of a run that was stopped early."""
+        if state.global_step and not snapshot_path(self._folder, state.global_step).exists():
+            self._store(args, state)
+        super().on_train_end(args, state, control, **kw)
+
+    def _store(self, args: TrainingArguments, state: TrainerState) -> None:
+        if args.should_save:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_ema_file(self._snapshot(), snapshot_path(self._folder, state.global_step))
 
@@ -185,6 +200,11 @@ def _existing_start(folder: Path) -> Path:
 def snapshot_path(folder: str | Path, step: int) -> Path:
     """File of the snapshot at an optimizer step."""
     return Path(folder) / f"step-{step:09d}.safetensors"
+
+
+def _snapshots(folder: Path) -> dict[int, Path]:
+    """Files of a folder by optimizer step, rising."""
+    return {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
 
 
 @dataclass(frozen=True)
@@ -248,11 +268,10 @@ def _reconstructions(
     folder: str | Path, step: int | None, wanted: Callable[[int, int], list[Array]]
 ) -> list[Reconstruction]:
     """The averages of profiles that ``wanted(update_every, updates)`` gives, over the θ that the updates saw."""
-    files = {int(path.stem.removeprefix("step-")): path for path in sorted(Path(folder).glob("step-*.safetensors"))}
+    files = _snapshots(Path(folder))
     if not files:
         raise FileNotFoundError(f"{folder} holds no snapshot; train with PostHocEMACallback")
-    with safe_open(files[max(files)], framework="pt") as file:
-        told = json.loads(file.metadata()["ema"])
+    told = _told(files)
     every: int = told["update_every"]
     step = max(files) if step is None else step
     if not every <= step <= max(files):
@@ -269,6 +288,18 @@ def _reconstructions(
         parts, shares = [(_existing_start(Path(folder)), _START), *parts], np.insert(shares, 0, 1.0, axis=1)
     sums = _weighted_sums(parts, shares)
     return [Reconstruction(averages, error) for averages, (_, error) in zip(sums, found, strict=True)]
+
+
+def _told(files: Mapping[int, Path]) -> dict[str, Any]:
+    """What all snapshots say of how they were made; ValueError if they differ."""
+    told: dict[str, Any] = {}
+    for path in files.values():
+        with safe_open(path, framework="pt") as file:
+            said = {key: value for key, value in json.loads(file.metadata()["ema"]).items() if key != "step"}
+        if told and said != told:
+            raise ValueError(f"snapshots must be made alike, got {told} and, in {path}, {said}; delete either kind")
+        told = said
+    return told
 
 
 def _weighted_sums(stored: Sequence[tuple[Path, str]], shares: Array) -> list[dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
@@ -22,3 +23,12 @@ def trainer_call(argument: str) -> dict[str, Any]:
             return dict(frame.f_locals)
         frame = frame.f_back  # type: ignore[assignment]
     raise RuntimeError("this callback must be called by a transformers Trainer; pass it in Trainer(callbacks=[...])")
+
+
+def saved_checkpoint(step: int) -> Path:
+    """Folder of the checkpoint that the Trainer has just written, in ``on_save``.
+
+    ``output_dir`` alone does not tell: ``hyperparameter_search`` gives each of its trials a folder there.
+    """
+    call = trainer_call("trial")
+    return Path(call["self"]._get_output_dir(call["trial"])) / f"checkpoint-{step}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from forge.trainer_call import trainer_call
+from forge.trainer_call import saved_checkpoint, trainer_call
 
 STATE_FILE = "adalora_state.safetensors"
 """File name of the importance scores and of the rank pattern inside a Trainer checkpoint."""
@@ -77,6 +77,8 @@ class AdaLoraCallback(TrainerCallback):
         reads_gradients = step < config.total_step - config.tfinal
         if reads_gradients and getattr(kw["optimizer"], "step_was_skipped", False):
             return  # fp16 overflow: Inf would stay in the scores for good
+        if reads_gradients and not any(p.grad is not None for p in tuner.parameters()):
+            return  # MonitorCallback dropped the gradients of this step
         config.rank_pattern = self._rank_pattern
         tuner.update_and_allocate(step)
         self._rank_pattern, config.rank_pattern = config.rank_pattern, None
@@ -87,8 +89,8 @@ class AdaLoraCallback(TrainerCallback):
             allocator = _adalora_model(kw["model"]).rankallocator
             tensors = {f"{kind}/{n}": t for kind in _SCORES for n, t in getattr(allocator, kind).items()}
             tensors |= {f"{_PATTERN}/{n}": torch.tensor(mask) for n, mask in (self._rank_pattern or {}).items()}
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            save_file({k: t.contiguous() for k, t in tensors.items()}, folder / STATE_FILE)
+            path = saved_checkpoint(state.global_step) / STATE_FILE
+            save_file({k: t.contiguous() for k, t in tensors.items()}, path)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Put the rank pattern of the weights that the model now has into the config."""

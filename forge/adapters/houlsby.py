@@ -59,6 +59,11 @@ class HoulsbyConfig(PeftConfig):
         if self.nonlinearity not in ACT2FN:
             close = get_close_matches(str(self.nonlinearity), ACT2FN, n=3) or ["relu", "gelu", "silu"]
             raise ValueError(f"nonlinearity must be known, got {self.nonlinearity!r}; did you mean {', '.join(close)}?")
+        if any(True for _ in ACT2FN[self.nonlinearity].parameters()):
+            raise ValueError(
+                f"nonlinearity must have no parameters, got {self.nonlinearity!r}, whose would be neither trained nor "
+                "saved; use relu, gelu or silu"
+            )
         if self.target_modules == "all-linear":
             raise ValueError(
                 "target_modules must be sub-layer outputs, got 'all-linear'; an adapter inside a sub-layer is none of "

@@ -107,6 +107,8 @@ class WeightLoraLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the wrapped module and its updates: shape (…, out)."""
+        if self.disable_adapters:
+            self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -20,7 +23,7 @@ from forge.ema.model import (
     save_ema_file,
     validated_decays,
 )
-from forge.trainer_call import trainer_call
+from forge.trainer_call import saved_checkpoint, trainer_call
 
 STATE_FILE = "ema_state.safetensors"
 """File name of the averages inside a Trainer checkpoint."""
@@ -31,9 +34,10 @@ class EMACallback(TrainerCallback):
 
     ``Trainer(callbacks=[EMACallback(decay=(0.99, 0.999))])`` is all there is to do: one update per optimizer step
     (whatever the gradient accumulation), metrics ``eval_ema_0.999_loss`` beside ``eval_loss`` (with everything that
-    ``compute_metrics`` adds), the state in every checkpoint and restored by ``resume_from_checkpoint`` and
-    ``load_best_model_at_end``. The trajectory is bitwise the one without the callback: random numbers that evaluating
-    the averages draws are given back. Put it before callbacks that read its metrics (``EarlyStoppingCallback``).
+    ``compute_metrics`` or a trainer of TRL adds), the state in every checkpoint and restored by
+    ``resume_from_checkpoint`` and ``load_best_model_at_end``. The trajectory is bitwise the one without the callback:
+    random numbers that evaluating the averages draws are given back. Put it before callbacks that read its metrics
+    (``EarlyStoppingCallback``).
 
     Args:
         decay: β or several of them, see ``EMAModel``.
@@ -45,9 +49,8 @@ class EMACallback(TrainerCallback):
     _state_file = STATE_FILE
 
     def __init__(self, decay: float | Sequence[float] = 0.999, *, evaluate: bool = True, **options: Any) -> None:
-        self._model_class(
-            nn.ParameterList([torch.zeros(1)]), decay, **options
-        )  # refuses wrong options here, not in train()
+        shared = {name: value for name, value in options.items() if name != "names"}
+        self._model_class(nn.ParameterList([torch.zeros(1)]), decay, **shared)  # refuses wrong options here already
         self.decays = validated_decays(decay)
         self._evaluate = evaluate
         self._options = options
@@ -91,20 +94,31 @@ class EMACallback(TrainerCallback):
     def _bound_to(self, model: nn.Module) -> EMAModel:
         """The averages bound to ``model``'s parameters: today's if it is the trained model, else carried over."""
         if self._ema is None or not self._ema.follows(model):
+            if self._ema is not None and self._ema._backup is not None:
+                raise RuntimeError("averaged weights are applied to another model; call restore() first")
             state = self.get_ema_state()
-            names = state["averages"][decay_label(self.decays[0])]
-            ema = self._model_class(model, self.decays, names=names, **self._options)
+            ema = self._new(model, self._names_in(state))
             ema.load_state_dict(state)
             self._ema = ema
         return self._ema
 
+    def _new(self, model: nn.Module, names: Collection[str] | None = None) -> EMAModel:
+        options = self._options if names is None else {**self._options, "names": names}
+        return self._model_class(model, self.decays, **options)
+
+    def _names_in(self, state: Mapping[str, Any]) -> Collection[str]:
+        return list(state["averages"][decay_label(self.decays[0])])
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Start from θ(0), or from the checkpoint that training resumes from."""
-        self._ema = self._model_class(kw["model"], self.decays, **self._options)
+        self._ema = self._new(kw["model"])
         if state.global_step > 0:
             if self._loaded is None or self._loaded["step"] != state.global_step:
                 folder = trainer_call("resume_from_checkpoint")["resume_from_checkpoint"]
                 self._loaded = _load_checkpoint(Path(folder) / self._state_file, state.global_step)
+            saved = self._names_in(self._loaded)
+            if self._ema.averages(self.decays[0]).keys() < set(saved):  # WeightLoRA has frozen some since
+                self._ema = self._new(kw["model"], saved)
             self._ema.load_state_dict(self._loaded)
         self._loaded = None
 
@@ -115,8 +129,7 @@ class EMACallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Write the averages into the checkpoint that the Trainer has just written."""
         if args.should_save:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            save_ema_file(self.ema.state_dict(), folder / self._state_file)
+            save_ema_file(self.ema.state_dict(), saved_checkpoint(state.global_step) / self._state_file)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Evaluate each average with the Trainer's own loop and add its metrics to those of the raw weights."""
@@ -125,14 +138,16 @@ class EMACallback(TrainerCallback):
             return
         call = trainer_call("metric_key_prefix")
         for decay in self.decays:
+            arm = f"ema_{decay_label(decay)}"
             with ema.use_ema(decay), _unchanged_random_state(kw["model"]):
                 output = call["self"].evaluation_loop(
                     kw["eval_dataloader"],
                     description=f"Evaluation of EMA {decay_label(decay)}",
                     prediction_loss_only=True if call["self"].compute_metrics is None else None,
                     ignore_keys=call.get("ignore_keys"),
-                    metric_key_prefix=f"{call['metric_key_prefix']}_ema_{decay_label(decay)}",
+                    metric_key_prefix=f"{call['metric_key_prefix']}_{arm}",
                 )
+            _prefix_gathered(call["self"], arm)
             metrics = dict(output.metrics or {})
             call["self"].log(metrics)
             kw["metrics"].update(metrics)
@@ -155,6 +170,20 @@ def _load_checkpoint(path: Path, step: int | None = None) -> dict[str, Any]:
     return state
 
 
-def _unchanged_random_state(model: nn.Module) -> AbstractContextManager[None]:
-    """Random state of the CPU and of the model's GPUs after the block is that before it."""
-    return torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda})
+def _prefix_gathered(trainer: Trainer, prefix: str) -> None:
+    """Name what TRL's trainers gather during an evaluation, and add to the next log, after the weights it is of."""
+    gathered = getattr(trainer, "_metrics", {}).get("eval", {})
+    for name in list(gathered):
+        gathered[f"{prefix}_{name}"] = gathered.pop(name)
+
+
+@contextmanager
+def _unchanged_random_state(model: nn.Module) -> Iterator[None]:
+    """Random state of Python, NumPy, torch and the model's GPUs after the block is that before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

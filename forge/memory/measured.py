@@ -64,8 +64,9 @@ class MeasureMemory(TrainerCallback):
             its update, so that its peak is lower than that of all others.
 
     Raises:
-        ValueError: for a step below 1; from ``train()`` if the model is neither on a CPU nor on CUDA.
-        RuntimeError: from ``train()`` if it ends before the step.
+        ValueError: for a step below 1; from ``train()`` if the model is neither on a CPU nor on CUDA, or the run,
+            which may resume from a checkpoint, does not come to the step.
+        RuntimeError: from ``train()`` if it is stopped before the step.
     """
 
     def __init__(self, step: int = 2) -> None:
@@ -81,6 +82,11 @@ class MeasureMemory(TrainerCallback):
         if self._watch is not None:  # a run that broke off within the step
             self._watch.stop()
         self.measured, self._watch = None, None
+        if not state.global_step < self.step <= state.max_steps:
+            raise ValueError(
+                f"step must be one of this run's, {state.global_step + 1} to {state.max_steps}, got {self.step}; pass "
+                "MeasureMemory(step=...)"
+            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Begin to watch, if this is the step."""
@@ -113,8 +119,8 @@ class MeasureMemory(TrainerCallback):
         """Refuse to end without a result."""
         if self.measured is None:
             raise RuntimeError(
-                f"training must run optimizer step {self.step} for its memory to be measured, got a run that ended at "
-                f"step {state.global_step} without it; train longer, or pass MeasureMemory(step=...)"
+                f"training must run optimizer step {self.step} for its memory to be measured, got a run that was "
+                f"stopped at step {state.global_step}; pass MeasureMemory(step=...)"
             )
 
 

@@ -28,7 +28,7 @@ from forge.monitor.gradients import (
     describe,
     why_no_gradients,
 )
-from forge.trainer_call import trainer_call
+from forge.trainer_call import saved_checkpoint, trainer_call
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class MonitorCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Write the history into the checkpoint that the Trainer has just written."""
         if args.should_save:
-            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / HISTORY_FILE
+            path = saved_checkpoint(state.global_step) / HISTORY_FILE
             path.write_text(json.dumps([asdict(record) for record in self.history]))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -173,7 +173,7 @@ class MonitorCallback(TrainerCallback):
         """Wrap ``training_step``, after whose last micro-batch the whole gradient exists unclipped, and ``log``.
 
         No event of the Trainer lies between backward and clipping. Wrappers stay, and do nothing for a trainer that is
-        no longer followed.
+        no longer followed, or from which this callback was removed.
         """
         if self._trainer is trainer:
             return
@@ -183,19 +183,22 @@ class MonitorCallback(TrainerCallback):
         @functools.wraps(training_step)
         def watched_step(*args: Any, **kwargs: Any) -> Tensor:
             loss: Tensor = training_step(*args, **kwargs)
-            if self._trainer is trainer:
+            if self._follows(trainer):
                 self._after_backward(trainer, loss)
             return loss
 
         @functools.wraps(log)
         def extended_log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if self._trainer is trainer and "loss" in logs:
+            if self._follows(trainer) and "loss" in logs:
                 logs.update(_metrics(self._unlogged))
                 self._unlogged = []
             log(logs, *args, **kwargs)
 
         for name, wrapper in {"training_step": watched_step, "log": extended_log}.items():
             setattr(trainer, name, wrapper)
+
+    def _follows(self, trainer: Trainer) -> bool:
+        return self._trainer is trainer and self in trainer.callback_handler.callbacks
 
     def _after_backward(self, trainer: Trainer, loss: Tensor) -> None:
         """Add up the micro-batches' losses; after the last one, check."""

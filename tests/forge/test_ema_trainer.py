@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -19,8 +25,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from trl import SFTConfig, SFTTrainer
 
+from forge import MonitorCallback
 from forge.ema import STATE_FILE, EMACallback, load_ema_file, save_ema_file
+from forge.monitor.callback import HISTORY_FILE
 from tests.forge.tensors import names_moved, same, weights_of
 
 DECAYS = (0.5, 0.99)
@@ -92,6 +101,20 @@ def test_one_update_per_optimizer_step_and_the_trajectory_is_untouched(tmp_path:
     assert same(weights_of(trainer.model), weights_of(plain.model))
 
 
+def test_the_trajectory_is_untouched_where_batches_draw_from_python_and_numpy(tmp_path: Path) -> None:
+    class Shuffled(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss, drawn = super().compute_loss(*args, **kwargs), random.random() + np.random.random()
+            return loss if isinstance(loss, tuple) else drawn * loss
+
+    trained = []
+    for callbacks in ([], [EMACallback(DECAYS)]):
+        trainer = make_trainer(tmp_path, *callbacks, kind=Shuffled)
+        trainer.train()
+        trained.append(weights_of(trainer.model))
+    assert same(*trained)
+
+
 def test_average_follows_equation_1_over_the_trainers_steps(tmp_path: Path) -> None:
     class Record(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -144,6 +167,30 @@ def test_metrics_of_a_dict_of_datasets_and_of_compute_metrics(tmp_path: Path) ->
     assert "test_ema_0.99_loss" in trainer.evaluate(examples(2, seed=5), metric_key_prefix="test")
 
 
+def test_what_trls_trainers_gather_keeps_the_name_of_its_weights(tmp_path: Path) -> None:
+    def sft(*callbacks: TrainerCallback) -> dict[str, float]:
+        plain = make_trainer(tmp_path)
+        arguments = SFTConfig(
+            output_dir=str(tmp_path), max_steps=3, learning_rate=3e-2, use_cpu=True, bf16=False, report_to=[],
+            disable_tqdm=True, gradient_checkpointing=False, save_strategy="no",
+        )  # fmt: skip
+        words = Tokenizer(WordLevel({str(number): number for number in range(40)}, unk_token="0"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", pad_token="1", eos_token="2")
+        rows = Dataset.from_dict({"input_ids": [row["input_ids"].tolist() for row in examples(12, seed=1)]})
+        trainer = SFTTrainer(
+            plain.model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+            callbacks=[*callbacks],
+        )  # fmt: skip
+        trainer.train()
+        metrics: dict[str, float] = trainer.evaluate()
+        return metrics
+
+    plain, followed = sft(), sft(EMACallback(0.99))
+    for name in ("eval_loss", "eval_mean_token_accuracy"):
+        assert followed[name] == plain[name]
+    assert followed["eval_ema_0.99_entropy"] != followed["eval_entropy"]
+
+
 def test_ignore_keys_reach_the_evaluation_of_the_averages(tmp_path: Path) -> None:
     class Recording(Trainer):
         def prediction_step(self, *args: Any, ignore_keys: list[str] | None = None, **kwargs: Any) -> Any:
@@ -191,6 +238,25 @@ def test_wrong_options_are_refused_when_the_callback_is_made() -> None:
         EMACallback(updateevery=2)
     with pytest.raises(RuntimeError, match="no EMA yet; train first"):
         EMACallback().use_ema()
+
+
+def test_named_parameters_alone_are_averaged(tmp_path: Path) -> None:
+    ema = EMACallback(0.5, names=["transformer.wte.weight"])
+    make_trainer(tmp_path, ema, max_steps=1).train()
+    ema.apply_ema(make_trainer(tmp_path).model)
+    assert list(ema.ema.averages()) == ["transformer.wte.weight"]
+
+
+def test_averages_in_one_model_must_be_taken_back_before_another_gets_them(tmp_path: Path) -> None:
+    ema = EMACallback(0.5)
+    trainer = make_trainer(tmp_path, ema, max_steps=1)
+    trainer.train()
+    raw = weights_of(trainer.model)
+    ema.apply_ema(trainer.model)
+    with pytest.raises(RuntimeError, match=r"applied to another model; call restore\(\) first"):
+        ema.apply_ema(make_trainer(tmp_path).model)
+    ema.restore()
+    assert same(weights_of(trainer.model), raw)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -259,6 +325,28 @@ def test_averages_of_another_step_in_a_checkpoint_are_refused(tmp_path: Path) ->
     save_ema_file(first.get_ema_state() | {"step": 7}, tmp_path / "checkpoint-3" / STATE_FILE)
     with pytest.raises(ValueError, match=r"must be of step 3, got step 7; use an unmixed checkpoint"):
         make_trainer(tmp_path, EMACallback(0.9)).train(resume_from_checkpoint=True)
+
+
+def test_parameters_that_were_frozen_since_are_averaged_on(tmp_path: Path) -> None:
+    class Freeze(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kwargs["model"].transformer.wte.weight.requires_grad_(state.global_step < 2)
+
+        on_train_begin = on_step_begin
+
+    whole, resumed = EMACallback(0.5), EMACallback(0.5)
+    make_trainer(tmp_path, Freeze(), whole, save_strategy="steps", save_steps=3).train()
+    make_trainer(tmp_path, Freeze(), resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(resumed.ema.averages(), whole.ema.averages())
+
+
+def test_a_hyperparameter_search_saves_in_the_folder_of_its_trial(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EMACallback(0.5), MonitorCallback(), save_strategy="steps", save_steps=4)
+    model = trainer.model
+    trainer.model_init = lambda: model
+    trainer.hyperparameter_search(hp_space=lambda trial: {"seed": trial.suggest_int("seed", 0, 0)}, n_trials=1)
+    for file in (STATE_FILE, HISTORY_FILE):
+        assert {path.parent.name for path in tmp_path.rglob(file)} == {"checkpoint-4", "checkpoint-5"}
 
 
 def test_a_callback_that_resumes_twice_reads_each_checkpoint(tmp_path: Path) -> None:

@@ -429,6 +429,14 @@ def test_base_weights_under_adapters_and_quantised_weights_save_nothing(tmp_path
     assert get_memory_savings_estimate(model)["gradient_saved_gb"] == 4 * report.frozen_params / 1e9
 
 
+def test_savings_where_transformers_itself_holds_the_adapters() -> None:
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert get_memory_savings_estimate(model)["total_saved_gb"] == 0
+    next(p for name, p in model.named_parameters() if "lora_A" in name).requires_grad_(False)
+    assert get_memory_savings_estimate(model)["gradient_saved_gb"] == 4 * 8 * 32 / 1e9
+
+
 def test_an_unknown_optimizer_lists_near_misses() -> None:
     with pytest.raises(ValueError, match=r"optimizer must be .*got 'adamw_torhc'.*adamw_torch"):
         get_memory_savings_estimate(tiny_llama(), "adamw_torhc")

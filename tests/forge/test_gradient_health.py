@@ -61,6 +61,12 @@ def test_one_nan_beside_infinities_is_nan_and_a_parameter_outside_the_layers_has
     assert (finding.layer, finding.kind) == (None, "nan")
 
 
+def test_double_precision(model: nn.Module) -> None:
+    model = after_backward(model.double())
+    norms = check_gradient_health(model).norms
+    assert norms == pytest.approx({n: float(p.grad.norm()) for n, p in model.named_parameters()}, rel=1e-12)
+
+
 def test_thresholds_are_strict_and_the_loss_scale_is_taken_out(model: nn.Module) -> None:
     bias = nn.Linear(1, 1, bias=False)
     bias.weight.grad = torch.full((1, 1), 8.0)

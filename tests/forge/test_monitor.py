@@ -207,6 +207,16 @@ def test_one_callback_serves_one_trainer_after_another(tmp_path: Path) -> None:
         assert len(logged(trainer, "monitor/grad_norm")) == 6
 
 
+def test_a_callback_that_was_removed_sees_nothing_more(tmp_path: Path) -> None:
+    monitor = MonitorCallback()
+    trainer = make_trainer(tmp_path, monitor)
+    trainer.train()
+    trainer.remove_callback(monitor)
+    trainer.train()
+    assert [record.step for record in monitor.history] == [1, 2, 3, 4, 5, 6]
+    assert len(logged(trainer, "monitor/grad_norm")) == 0
+
+
 def test_under_a_loss_scaler_norms_are_unscaled_and_overflow_is_left_to_it(tmp_path: Path) -> None:
     """fp16 autocast with a real GradScaler on the CPU, where accelerate by itself would refuse it."""
 

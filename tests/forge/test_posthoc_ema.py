@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import forge.posthoc_ema
 from forge.ema import EMACallback
@@ -237,13 +237,44 @@ def test_snapshots_after_the_step_are_not_read(run):
     assert all(torch.equal(whole.averages[name], some.averages[name]) for name in some.averages)
 
 
+class Stop(TrainerCallback):
+    """Ends a run early."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kw):
+        control.should_training_stop = state.global_step == self.step
+
+
 def test_an_interrupted_run_stores_the_same_snapshots(run, tmp_path):
     folder, _, _ = run
-    callbacks = [PostHocEMACallback(tmp_path / "snapshots", every_steps=4)]
-    train(tmp_path / "out", callbacks, resume=folder / "out" / "checkpoint-32")
-    for step in (36, 64):
-        stored = [snapshot_path(where / "snapshots", step).read_bytes() for where in (folder, tmp_path)]
-        assert stored[0] == stored[1]
+    stored = tmp_path / "snapshots"
+    train(tmp_path / "out", [PostHocEMACallback(stored, every_steps=4), Stop(34)])
+    assert snapshot_path(stored, 34).exists()
+    train(tmp_path / "out", [PostHocEMACallback(stored, every_steps=4)], resume=folder / "out" / "checkpoint-32")
+    assert [path.name for path in sorted(stored.iterdir())] == [
+        path.name for path in sorted((folder / "snapshots").iterdir())
+    ]
+    for step in (32, 36, 64):
+        assert snapshot_path(stored, step).read_bytes() == snapshot_path(folder / "snapshots", step).read_bytes()
+
+
+def test_another_run_in_the_same_folder_leaves_no_trace(tmp_path):
+    stored, direct = tmp_path / "snapshots", EMACallback(decay=0.8, evaluate=False, bias_correction=True)
+    train(tmp_path / "out", [PostHocEMACallback(stored, every_steps=4)], learning_rate=1e-1)
+    train(tmp_path / "out", [PostHocEMACallback(stored, every_steps=2), direct], steps=24)
+    found, wanted = reconstruct(stored, decay=0.8).averages, direct.ema.averages()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-4) for name in wanted)
+
+
+def test_snapshots_that_were_made_in_different_ways_are_refused(run, tmp_path):
+    folder, _, _ = run
+    callback = PostHocEMACallback(tmp_path, every_steps=4, dtype=torch.float16)
+    train(tmp_path / "out", [callback], steps=4)
+    snapshot_path(tmp_path, 8).hardlink_to(snapshot_path(folder / "snapshots", 8))
+    with pytest.raises(ValueError, match=r"snapshots must be made alike, got .*delete either kind"):
+        reconstruct(tmp_path, decay=0.8)
 
 
 def test_a_reconstruction_is_written_into_a_model_of_the_same_shapes_only(run):

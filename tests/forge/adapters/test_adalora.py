@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
+from forge import MonitorCallback
 from forge.adapters import AdaLoraCallback
 
 MODULES, TARGET_R = 4, 2
@@ -133,6 +135,16 @@ def test_a_skipped_optimizer_step_leaves_the_scores_alone(kit, monkeypatch):
     callback.on_optimizer_step(None, SimpleNamespace(global_step=4), None, model=model, optimizer=optimizer)
     assert [step for step, _ in calls.steps] == [4, 5]
     assert sum(callback.ranks.values()) == TARGET_R * MODULES
+
+
+def test_a_step_whose_gradients_were_dropped_leaves_the_scores_alone(kit, tmp_path):
+    model, callback = adapted(kit), AdaLoraCallback()
+    trainer = kit.trainer(model, tmp_path, callback, MonitorCallback(on_unhealthy="skip"))
+    loss_of = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **k: loss_of(*a, **k) * (math.nan if trainer.state.global_step == 3 else 1)
+    trainer.train()
+    assert sum(callback.ranks.values()) == TARGET_R * MODULES
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_under_accumulation_the_penalty_counts_once_per_micro_batch(kit, tmp_path):

@@ -143,6 +143,7 @@ def test_bf16_base_keeps_adapters_in_fp32(kit):
         ({"init_std": 0.0}, r"init_std must be a number in \(0, 1\), got 0.0"),
         ({"init_std": "x"}, "init_std must be a number"),
         ({"nonlinearity": "rellu"}, "nonlinearity must be known, got 'rellu'; did you mean .*relu"),
+        ({"nonlinearity": "prelu"}, "nonlinearity must have no parameters, got 'prelu'"),
         ({"target_modules": "all-linear"}, "got 'all-linear'.*leave target_modules=None"),
     ],
 )

@@ -106,6 +106,15 @@ def test_merged_model_gives_the_same_logits(kit, shape):
     assert not torch.allclose(expected, plain, atol=1e-3)
 
 
+def test_a_merged_model_without_its_adapter_is_the_base_model(kit, shape):
+    model = adapted(kit, shape)
+    kit.train(model, shape)
+    set_omega(model, 2.0)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(kit.logits(model, shape), kit.logits(kit.tiny(shape), shape), atol=1e-5, rtol=1e-4)
+
+
 def test_modules_that_another_adapter_alone_has_are_passed_over(kit):
     base = kit.tiny()
     before, plain = kit.base_weights(base), kit.logits(base)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, default_data_collator
 
 from forge.memory import MeasuredMemory, MeasureMemory, measure_peak_bytes, profile_training_memory
 from tests.forge.memory.training import BATCH, TOKENS, half_frozen, llama, lora, measured, qlora, rows
@@ -71,8 +71,17 @@ def test_measuring_changes_no_result(tmp_path: Path) -> None:
 
 
 def test_training_that_ends_before_the_step_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="step 9 for its memory to be measured, got a run that ended at step 3"):
+    with pytest.raises(ValueError, match="step must be one of this run's, 1 to 3, got 9"):
         measured(llama(), tmp_path, step=9)
+    measure, stopped = MeasureMemory(3), TrainerState(global_step=2)
+    with pytest.raises(
+        RuntimeError, match="step 3 for its memory to be measured, got a run that was stopped at step 2"
+    ):
+        measure.on_train_end(TrainingArguments(str(tmp_path)), stopped, TrainerControl())
+    with pytest.raises(ValueError, match="step must be one of this run's, 3 to 6, got 2"):
+        MeasureMemory(2).on_train_begin(
+            TrainingArguments(str(tmp_path)), TrainerState(global_step=2, max_steps=6), TrainerControl()
+        )
 
 
 @pytest.mark.parametrize("step", [0, -1, True, 1.5])
