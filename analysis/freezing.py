@@ -85,7 +85,10 @@ def _bars(axis: Axes, rows: pd.DataFrame, shift: float, **style: Any) -> None:
 def _saved_panel(axis: Axes, rows: pd.DataFrame) -> None:
     axis.plot([0, 90], [0, 90], color=MUTED, linewidth=0.9, linestyle=(0, (4, 2)))
     below = rows[~rows["frozen"].isin(CONTROLS)]
-    whole = select(below, {"frozen": NONE}).iloc[0]
+    nothing_frozen = select(below, {"frozen": NONE})
+    if nothing_frozen.empty:
+        raise CannotEstimate("the figure of freezing needs the cost of a model that is not frozen; run the rest")
+    whole = nothing_frozen.iloc[0]
     for metric, (label, colour, marker) in SAVED.items():
         saved = 100 * (1 - below[metric] / whole[metric])
         axis.plot(below[PERCENT], saved, color=colour, marker=marker, label=label)

@@ -19,6 +19,7 @@ from analysis.formatting import ENGLISH, NOTHING, format_estimate, format_region
 from analysis.load import Campaign, agrees
 from analysis.rows import CannotEstimate
 from analysis.statistics import MAX_SEEDS, Estimate, alpha_of_mean, mean_interval, nearest_edge
+from analysis.verdicts import MIN_SEEDS
 from experiments.harness.claims import Claim, Estimand, Proportion, Rate, is_exact
 from experiments.harness.experiment import Experiment
 from experiments.harness.record import TrialSpec
@@ -66,7 +67,7 @@ def detectable_distance(sd: float, n: int, alpha: float, wanted: float = POWER) 
 
 def seeds_for_power(distance: float, sd: float, alpha: float, wanted: float = POWER) -> int | None:
     """The least number of seeds, at most 200, that decides at a distance with the wanted power."""
-    return next((n for n in range(2, MAX_SEEDS + 1) if power(distance, sd, n, alpha) >= wanted), None)
+    return next((n for n in range(MIN_SEEDS, MAX_SEEDS + 1) if power(distance, sd, n, alpha) >= wanted), None)
 
 
 def _far(n: int, alpha: float) -> float:
@@ -121,7 +122,7 @@ def _plan(claim: Claim, specs: Sequence[TrialSpec], pilots: Sequence[Campaign], 
         assert pilot.sd is not None
         edge, n = nearest_edge(claim.region, pilot.value), _seeds(claim.estimand, specs)
         distance = 0.0 if edge is None else abs(pilot.value - edge)
-        detectable = detectable_distance(pilot.sd, n, alpha) if n >= 2 else None
+        detectable = detectable_distance(pilot.sd, n, alpha) if n >= MIN_SEEDS else None
         return Plan(claim, pilot, campaign, n, detectable, seeds_for_power(distance, pilot.sd, alpha))
     return reason
 

@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.estimands import select
+from analysis.estimands import CannotEstimate, select
 from analysis.load import Campaign
 from analysis.style import HUES, INK, MUTED, STYLE
 from experiments.harness.claims import Selector
@@ -37,6 +37,8 @@ def draw_rates(campaign: Campaign) -> Figure:
     rates = select(rows, {"track": "rates", "metric": "squared_error", **WORLD})
     decays = select(rows, {"track": "decays", "metric": "excess_loss", **WORLD})
     figure = Figure(figsize=(14, 8.2), layout="constrained")
+    if rates["schedule"].nunique() < 4:
+        raise CannotEstimate("the figure of rates needs trials of every schedule; run the rest")
     upper, lower = figure.subplots(2, 4, sharey="row")
     for axis, (schedule, of_schedule) in zip(upper, rates.groupby("schedule", sort=False), strict=True):
         _rates_panel(axis, of_schedule)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.estimands import CannotEstimate, per_seed_values, select, selectors, successes
-from analysis.load import Campaign, agrees
+from analysis.load import Campaign, agrees, succeeded
 from analysis.statistics import (
     MAX_SEEDS,
     Estimate,
@@ -99,7 +99,8 @@ def judge_campaign(claims: Sequence[Claim], campaign: Campaign) -> list[Verdict]
     """Judge every claim of an experiment on one campaign.
 
     The intervals are simultaneous (Bonferroni) over all claims that have sampling error, whether or not they could be
-    estimated, so that an interval does not depend on the fate of the other claims.
+    estimated, so that an interval does not depend on the fate of the other claims; and over those that a record
+    registers and that were deleted since, so that deleting a claim narrows no interval.
 
     Args:
         claims: all claims of the experiment, in the order of its file.
@@ -116,7 +117,8 @@ def judge_campaign(claims: Sequence[Claim], campaign: Campaign) -> list[Verdict]
             f"smoke is not evidence, got campaign {campaign.campaign_id} of {campaign.experiment} at scale "
             f"{campaign.scale!r}; judge a campaign of another scale"
         )
-    n_sampled = sum(not is_exact(claim.estimand) for claim in claims)
+    deleted = {id for record in campaign.records for id in record.claims} - {claim.id for claim in claims}
+    n_sampled = sum(not is_exact(claim.estimand) for claim in claims) + len(deleted)
     uses = Counter(claim.id for claim in claims)
     observations = campaign.observations
     return [_judge(claim, campaign, observations, n_sampled, uses[claim.id]) for claim in claims]
@@ -179,6 +181,9 @@ def _find(claim: Claim, campaign: Campaign, observations: pd.DataFrame, alpha: f
         return _Finding("insufficient", "no trial yielded observations")
     try:
         seeds = _planned_seeds(claim.estimand, campaign)
+        about = [record for record in campaign.records if _is_about(claim.estimand, record)]
+        if about and not any(succeeded(record) for record in about):
+            return _Finding("insufficient", "no trial of this claim succeeded")
         if not seeds or select(observations, claim.estimand.where).empty:
             return _Finding("insufficient", NOT_MEASURED)
         observations = observations[observations["seed"].isin(seeds)]
@@ -193,6 +198,10 @@ def _find(claim: Claim, campaign: Campaign, observations: pd.DataFrame, alpha: f
         return _of_mean(claim, values, mean_interval(values, alpha), alpha)
     except CannotEstimate as error:
         return _Finding("insufficient", str(error))
+
+
+def _is_about(estimand: Estimand, record: TrialRecord) -> bool:
+    return any(agrees(record.spec.factors, arm) for arm in _arms(estimand))
 
 
 def _planned_seeds(estimand: Estimand, campaign: Campaign) -> set[int]:
@@ -245,12 +254,10 @@ def _require_every_trial(estimand: Estimand, campaign: Campaign, seeds: set[int]
     Raises:
         CannotEstimate: if one that succeeded and whose factors agree with the claim's selectors has no value.
     """
-    arms = _arms(estimand)
     for record in campaign.ok_records:
-        about = any(agrees(record.spec.factors, arm) for arm in arms)
         has_value = record.spec.seed in values.index or record.trial_id in values.index
-        if about and record.spec.seed in seeds and not has_value:
-            wanted = ", ".join(sorted({name for arm in arms for name in arm})) or "the metric"
+        if _is_about(estimand, record) and record.spec.seed in seeds and not has_value:
+            wanted = ", ".join(sorted({name for arm in _arms(estimand) for name in arm})) or "the metric"
             raise CannotEstimate(
                 f"every trial that a claim is about must record what it needs ({wanted}), but trial {record.trial_id} "
                 f"(seed {record.spec.seed}) has no row that matches; correct the experiment and run it as a new version"

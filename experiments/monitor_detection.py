@@ -163,6 +163,7 @@ class _Norms:
 def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     """Train with the monitor and one fault, and say when the monitor noticed what."""
     from experiments.harness.causal_lm import prepare
+    from experiments.harness.cost import Whole
     from experiments.harness.training import train
     from experiments.worlds.faults import Fault, without_residuals
     from forge.layers import find_layers
@@ -179,7 +180,8 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
     monitor = MonitorCallback(history=settings.steps, on_report=norms.keep, **thresholds)
     injected = Fault(fault, settings.fault_step, model)
     plan = settings.plan(spec.seed, settings.steps, "constant")
-    outcome = train(model, ingredients.train, ingredients.validation, plan, context, [injected, monitor])
+    whole = Whole(context.work_dir, context)  # the norms of a trial that was resumed would begin in its middle
+    outcome = train(model, ingredients.train, ingredients.validation, plan, whole, [injected, monitor])
     measurements = Measurements(
         tokens=settings.steps * settings.batch_size * settings.sequence_length, digests=ingredients.digests
     )
@@ -191,6 +193,7 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> Measurements:
             measurements.observations.append(Observation.of(SEPARATION, auc, settings.steps, arm=arm))
     measurements.checks = ManipulationCheck.each(
         checks=(settings.steps, len(monitor.history)),
+        norms=(settings.steps, len(norms.total)),
         fault_injected=(True, injected.done),
         optimizer_steps=(settings.steps, outcome.trainer.state.global_step),
     )

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +43,8 @@ class RunOptions:
     workers: int = 1
     """Processes that run trials side by side; the cores are divided among them."""
     storage: str | None = None
-    """Optuna storage of the queue; postgresql://… lets many machines share it. Default: SQLite in the runs folder."""
+    """Optuna storage of the queue; postgresql://… lets many machines that have one results folder share it. Default:
+    SQLite in the runs folder."""
     time_budget: str | None = None
     """Stop claiming trials, checkpoint and exit after this long: 90s, 9m, 1.5h."""
     wandb: Literal["offline", "online", "disabled"] | None = None
@@ -138,8 +139,9 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
     if options.plan:
         return _plan(experiment, specs, options.results)
     seconds = _seconds(options.time_budget)
-    _check_inputs(specs)
+    fingerprints = _check_inputs(specs)
     records = _records(experiment, specs, options.results, console)
+    _check_same_data(records.values(), fingerprints)
     missing = [spec for spec in specs if spec.trial_id not in records]
     _print_plan(experiment, specs, records, options)
     if options.dry_run:
@@ -149,8 +151,15 @@ def _run(experiment: Experiment, options: RunOptions, settings: Any) -> int:
         _check_writable(options.runs, "runs")
         _fetch_weights(specs)
         deadline = None if seconds is None else time.time() + seconds
-        if WRONG_INPUT in _run_workers(specs, records, options, deadline, console):
+        codes = _run_workers(specs, records, options, deadline, console)
+        if WRONG_INPUT in codes:
             return WRONG_INPUT
+        for number in sorted({-code for code in codes if code is not None and code < 0}):
+            print(
+                f"a worker was killed ({signal.Signals(number).name}); where memory is too small, which the system "
+                "answers so, give fewer --workers or a smaller --batch-size",
+                file=sys.stderr,
+            )
         records = _records(experiment, specs, options.results, console)
     return _report(experiment, specs, records, options)
 
@@ -167,25 +176,49 @@ def _plan(experiment: Experiment, specs: Sequence[TrialSpec], results: Path) -> 
     return 0
 
 
-def _inputs(specs: Sequence[TrialSpec]) -> set[tuple[str, str, bool, str]]:
-    """(model, data set, random weights, task) of every trial: what its settings say at the top, or under its track."""
-    sources = (spec.settings.get(str(spec.factors.get("track")), spec.settings) for spec in specs)
+def _source(spec: TrialSpec) -> dict[str, Any] | None:
+    """The settings of a trial that name a model: those at the top, under its track, or in a part of another name."""
+    settings = spec.settings.get(str(spec.factors.get("track")), spec.settings)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    return next((part for part in parts if "model" in part), None)
+
+
+def _inputs(specs: Iterable[TrialSpec]) -> set[tuple[str, str, bool, str]]:
+    """(model, data set, random weights, task) of every trial, with the data set that is only looked at."""
     return {
-        (s["model"], s["dataset"], s.get("random_init", False), s.get("task", "causal_lm"))
-        for s in sources
-        if "model" in s
+        (source["model"], source[name], source.get("random_init", False), source.get("task", "causal_lm"))
+        for source in map(_source, specs)
+        if source is not None
+        for name in ("dataset", "other_dataset")
+        if name in source
     }
 
 
-def _check_inputs(specs: Sequence[TrialSpec]) -> None:
-    """Models and data sets are checked once, before anything is written."""
+def _check_inputs(specs: Sequence[TrialSpec]) -> dict[tuple[str, str], str]:
+    """Models and data sets are checked once, before anything is written; fingerprints by data set and task."""
     from experiments.harness.data import load_corpus
     from experiments.harness.models import check_causal_lm, check_model
 
+    fingerprints = {}
     for model, dataset, random_init, task in sorted(_inputs(specs)):
         classification = task == "classification"
         (check_model if classification else check_causal_lm)(model, random_init=random_init)
-        load_corpus(dataset, labelled=classification)
+        fingerprints[dataset, task] = load_corpus(dataset, labelled=classification).fingerprint
+    return fingerprints
+
+
+def _check_same_data(records: Iterable[TrialRecord], fingerprints: Mapping[tuple[str, str], str]) -> None:
+    """Refuse to go on with, or to show as the answer, what was measured on other data under the same name."""
+    for record in records:
+        source = _source(record.spec)
+        if source is None or "data" not in record.digests:
+            continue
+        dataset = source["dataset"]
+        if record.digests["data"] != fingerprints[dataset, source.get("task", "causal_lm")]:
+            raise UserError(
+                f"data set {dataset!r} is not what it was when trial {record.trial_id} was recorded; choose another "
+                "folder with --results, or rename the data set"
+            )
 
 
 def _fetch_weights(specs: Sequence[TrialSpec]) -> None:
@@ -222,7 +255,9 @@ def _print_plan(
     experiment: Experiment, specs: Sequence[TrialSpec], records: dict[str, TrialRecord], options: RunOptions
 ) -> None:
     print(f"{experiment.name} v{experiment.version} at scale {options.scale}: {experiment.question}")
-    print(f"{len(records)} of {len(specs)} trials have a record; cost of the whole: {experiment.cost[options.scale]}")
+    declared = experiment.trials(experiment.scales[options.scale], options.scale)
+    whole = "whole" if {spec.trial_id for spec in specs} == {spec.trial_id for spec in declared} else "scale's own plan"
+    print(f"{len(records)} of {len(specs)} trials have a record; cost of the {whole}: {experiment.cost[options.scale]}")
     if records:
         spent = sum(sum(record.seconds.values()) for record in records.values())
         print(f"those that have one took {_spell_out(spent)} of worker-process time")
@@ -248,7 +283,7 @@ def _spell_out(seconds: float) -> str:
 def _measured_seconds_left(specs: Sequence[TrialSpec], records: dict[str, TrialRecord]) -> float | None:
     """Process time that the missing trials need, by recorded trials of the same factor levels; None if one has none."""
     walls: dict[str, list[float]] = {}
-    for record in records.values():
+    for record in (record for record in records.values() if record.status == "ok"):
         walls.setdefault(str(record.spec.factors), []).append(sum(record.seconds.values()))
     missing = [str(spec.factors) for spec in specs if spec.trial_id not in records]
     if not missing or any(factors not in walls for factors in missing):

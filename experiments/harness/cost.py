@@ -57,6 +57,21 @@ class Part:
         return None
 
 
+@dataclass(frozen=True)
+class Whole(Part):
+    """The context of a trial whose training is not resumed: no early stop, all else as usual."""
+
+    trial: TrialContext
+
+    def report(self, step: int, total: int, **figures: float | str | None) -> None:
+        """As the trial's context does."""
+        self.trial.report(step, total, **figures)
+
+    def wandb_run_id(self) -> str | None:
+        """Id of the trial's W&B run."""
+        return self.trial.wandb_run_id()
+
+
 def stop_between_parts(context: TrialContext) -> None:
     """Let a trial of many short parts stop early; it begins anew at the next call.
 

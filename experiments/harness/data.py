@@ -155,8 +155,9 @@ def load_corpus(dataset: str, *, labelled: bool = False) -> Corpus:
     """Load a corpus by embedded name, path of a local file, or hub id (``owner/name`` or ``owner/name:config``).
 
     A ``.jsonl`` has a ``text`` field, a ``.csv`` or ``.parquet`` a ``text`` column, one document a row; in a ``.txt``
-    documents are separated by two or more empty lines. A labelled corpus needs a ``label`` beside the text; of
-    documents with the same text it keeps the first, so that no text is both trained and tested on.
+    documents are separated by two or more empty lines. A labelled corpus needs a ``label`` beside the text. Of
+    documents with the same text the first is kept, so that no text is both trained and tested on (the embedded
+    unlabelled corpora have none twice in two splits).
 
     Raises:
         UserError: if there is no such data set, it cannot be read, or it has fewer than three documents; if it is to
@@ -176,7 +177,7 @@ def load_corpus(dataset: str, *, labelled: bool = False) -> Corpus:
             "a hub data set is written owner/name"
         )
     documents = [d for d in _documents(rows, EMBEDDED.get(dataset, ()), labelled, dataset) if d.text.strip()]
-    if labelled:
+    if labelled or dataset not in EMBEDDED:
         documents = list({d.text.strip(): d for d in reversed(documents)}.values())[::-1]
     if len(documents) < 3:
         raise UserError(

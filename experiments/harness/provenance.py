@@ -17,11 +17,12 @@ _CODE = ("forge", "experiments", "pyproject.toml", "constraints.txt")
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit and whether the code differs from it; (None, None) outside a git checkout."""
+    """Commit and whether the code differs from it; (None, None) outside a git checkout, None for what git won't say."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None, None
-    return commit, bool(_git("status", "--porcelain", "--", *_CODE))
+    changes = _git("status", "--porcelain", "--", *_CODE)
+    return commit, None if changes is None else bool(changes)
 
 
 def package_versions() -> dict[str, str]:

@@ -118,8 +118,10 @@ def _return_trials_of_the_dead(study: Study) -> None:
     import optuna
     from optuna.trial import TrialState
 
-    optuna.storages.fail_stale_trials(study)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    if not any(_worker_lives_here(trial) for trial in running):  # where this machine slept, its heartbeats are late
+        optuna.storages.fail_stale_trials(study)
+    for trial in running:
         if _worker_is_dead(trial):
             with suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):  # another process was faster
                 study.tell(trial.number, state=TrialState.FAIL)
@@ -140,6 +142,11 @@ def _worker_is_dead(trial: FrozenTrial) -> bool:
         return bool(psutil.Process(worker["pid"]).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
+
+
+def _worker_lives_here(trial: FrozenTrial) -> bool:
+    worker = trial.user_attrs.get("worker")
+    return worker is not None and worker["machine"] == _machine() and not _worker_is_dead(trial)
 
 
 def _machine() -> str:

@@ -102,10 +102,11 @@ def run_worker(config: WorkerConfig) -> None:
     _quieten_libraries()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    commit = provenance.git_state()  # of the code that this process has; a later commit is not what it runs
     experiment = load_experiment(config.specs[0].experiment)
     study = open_study(config.storage, config.specs[0])
     try:
-        work(study, lambda spec: _run_and_record(experiment, spec, config, should_stop), should_stop)
+        work(study, lambda spec: _run_and_record(experiment, spec, config, commit, should_stop), should_stop)
     except UserError as error:  # wrong input that only a trial could notice is no outcome of the trial
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
@@ -131,14 +132,18 @@ def _quieten_libraries() -> None:
 
 
 def _run_and_record(
-    experiment: Experiment, spec: TrialSpec, config: WorkerConfig, should_stop: Callable[[], bool]
+    experiment: Experiment,
+    spec: TrialSpec,
+    config: WorkerConfig,
+    commit: tuple[str | None, bool | None],
+    should_stop: Callable[[], bool],
 ) -> bool:
     """Run one trial and write its record; False if it stopped early."""
     if record_path(config.results, spec).exists():
         return True
     work_dir = config.runs / spec.experiment / spec.trial_id
     work_dir.mkdir(parents=True, exist_ok=True)
-    started, commit = datetime.now(UTC), provenance.git_state()
+    started = datetime.now(UTC)
     run_id: str | None = None
     try:
         with wandb_run(spec, config.wandb, config.runs / "wandb") as run_id:

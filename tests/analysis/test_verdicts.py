@@ -199,6 +199,27 @@ def test_an_exact_ratio_over_an_edge_is_insufficient(campaign, make_record):
     assert verdict.reason == "the interval crosses an edge of the region"
 
 
+def test_a_claim_all_of_whose_trials_failed_is_not_silent(make_record, tmp_path):
+    """Else a campaign of a lower scale would speak for it."""
+    where = [{"value": 4.0, "arm": "raw"}, {"value": 3.0, "arm": "ema"}]
+    records = [make_record(seed=seed, factors={"track": "main"}, observations=where) for seed in range(3)]
+    records += [make_record(seed=seed, factors={"track": "length"}, status="diverged") for seed in range(3)]
+    for record in records:
+        write_record(tmp_path, record.model_copy(update={"plan": [each.trial_id for each in records]}))
+    (data,), _ = load_campaigns(tmp_path)
+    of_length = dataclasses.replace(REDUCTION, where={"track": "length"})
+    (verdict,) = judge_campaign([claim_of(Region(low=0.0), of_length)], data)
+    assert verdict.outcome == "insufficient"
+    assert verdict.reason.endswith("; no trial of this claim succeeded")
+
+
+def test_deleting_a_claim_narrows_no_interval(campaign):
+    kept, deleted = claim_of(Region(low=-0.1)), claim_of(Region(low=-0.1), name="another")
+    data = campaign(THREE, [kept, deleted])
+    both, alone = judge_campaign([kept, deleted], data)[0], judge_campaign([kept], data)[0]
+    assert both.interval == alone.interval
+
+
 def test_a_track_that_was_not_run_is_not_measured(campaign):
     gpu_only = dataclasses.replace(REDUCTION, where={"track": "gpu-only"})
     first, second = judge_campaign(

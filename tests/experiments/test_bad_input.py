@@ -151,6 +151,17 @@ def test_a_full_disk_is_noticed_before_anything_is_run(refused, tmp_path, monkey
     assert "cannot be written (No space left on device)" in refused("--results", tmp_path / "results")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cells.model", "tiny-randm"], "unknown model 'tiny-randm'; did you mean tiny-random"),
+        (["--cells.other-dataset", "moby_dik"], "unknown data set 'moby_dik'; did you mean moby_dick"),
+    ],
+)
+def test_a_model_or_a_data_set_in_a_part_of_the_settings(refused, arguments, words):
+    assert words in refused("forgetting", "--scale", "smoke", "--dry-run", *arguments, whole=True)
+
+
 def test_a_queue_that_cannot_be_opened(refused, tmp_path):
     assert "cannot be opened" in refused("--storage", "foo://x", "--results", tmp_path / "results")
     assert not list((tmp_path / "results").rglob("*.json"))

@@ -146,6 +146,18 @@ def test_the_fingerprint_is_sha256_of_ids_and_texts():
     assert corpus.fingerprint == digest.hexdigest()
 
 
+def test_a_text_that_stands_twice_is_read_once(tmp_path):
+    corpus = load_corpus(write(tmp_path / "a.jsonl", ["a", "b", "a ", "c", "b"]))
+    assert sorted(d.text for d in corpus.documents) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", sorted(EMBEDDED))
+def test_no_embedded_text_is_in_two_splits(name):
+    corpus = load_corpus(name)
+    splits = [{d.text.strip() for d in corpus.split(split)} for split in ("train", "validation", "test")]
+    assert sum(map(len, splits)) == len(set.union(*splits))
+
+
 def test_empty_documents_are_left_out(tmp_path):
     assert len(load_corpus(write(tmp_path / "a.jsonl", ["a", " \n", "b", "", "c"])).documents) == 3
 

@@ -196,6 +196,17 @@ def test_a_silent_worker_of_another_machine_loses_its_trial_after_the_grace_peri
     assert sorted(drain(opened(storage, plan(2)))) == [0, 1]
 
 
+def test_a_worker_of_this_machine_whose_heartbeat_is_late_keeps_its_trial(storage, monkeypatch):
+    """As after a sleep of the machine."""
+    monkeypatch.setattr(queue, "GRACE_SEC", 1)
+    study = opened(storage, plan(2))
+    trial = study.ask()
+    trial.set_user_attr("worker", {"machine": queue._machine(), "pid": os.getpid()})
+    study._storage.record_heartbeat(trial._trial_id)
+    time.sleep(2.1)  # SQLite's clock counts whole seconds
+    assert states(opened(storage, plan(2)))[TrialState.RUNNING] == 1
+
+
 def test_a_worker_that_died_in_the_moment_of_its_claim_does_not_block_the_queue(storage, monkeypatch):
     """It has left neither its name nor a heartbeat."""
     study = opened(storage, plan(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import time
@@ -72,6 +73,28 @@ def test_dry_run_says_what_the_records_took(finished, cli, read_all):
     assert "2 of 2 trials have a record" in done.stdout
     assert f"those that have one took {seconds:.0f} s of worker-process time" in done.stdout
     assert "the rest takes" not in done.stdout
+
+
+def test_dry_run_of_another_plan_does_not_call_the_cost_its_own(inline_cli, small, capsys):
+    assert inline_cli(*small, "--dry-run") == 0
+    assert "cost of the scale's own plan: under 1 min" in capsys.readouterr().out
+    assert inline_cli("ema_ablation", "--scale", "smoke", "--dry-run") == 0
+    assert "cost of the whole: under 1 min" in capsys.readouterr().out
+
+
+def test_records_of_other_data_under_the_same_name_are_refused(inline_cli, small, tmp_path, capsys):
+    data = tmp_path / "mine.jsonl"
+    for word in ("sea", "sky"):
+        data.write_text("".join(json.dumps({"text": f"The {word} {n}. " * 60}) + "\n" for n in range(30)))
+        code = inline_cli(*small, "--dataset", data)
+        assert code == {"sea": 0, "sky": 2}[word], capsys.readouterr().err
+    assert "is not what it was when trial" in capsys.readouterr().err
+
+
+def test_a_worker_that_was_killed_is_named(inline_cli, small, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_run_workers", lambda *_: {-9, 0})
+    assert inline_cli(*small) == 3
+    assert "a worker was killed (SIGKILL); where memory is too small" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
+import wandb
 
+from experiments.harness import worker
 from experiments.harness.tracking import default_mode
 
 
@@ -61,6 +64,31 @@ def test_disabled_writes_nothing(inline_cli, small, tmp_path, read_all):
     assert inline_cli(*small) == 0
     assert not (tmp_path / "runs" / "wandb").exists()
     assert {r["wandb_run_id"] for r in read_all(tmp_path / "results").values()} == {None}
+
+
+def test_where_wandb_cannot_start_there_is_no_record(inline_cli, small, tmp_path, monkeypatch, capsys):
+    def fail(**_):
+        raise wandb.errors.CommError("no route to the server")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    arguments = [a for a in small if a not in ("--wandb", "disabled")]
+    assert inline_cli(*arguments, "--wandb", "online") == 2
+    assert (
+        "W&B cannot start a run (no route to the server); mend that, or give --wandb offline" in capsys.readouterr().err
+    )
+    assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+
+
+def test_where_wandb_cannot_end_the_trial_has_its_outcome(inline_cli, small, tmp_path, monkeypatch, capsys, read_all):
+    def fail(exit_code):
+        raise wandb.errors.CommError(f"gone with exit code {exit_code}")
+
+    monkeypatch.setattr(wandb, "init", lambda **options: SimpleNamespace(id=options["id"], finish=fail))
+    monkeypatch.setattr(worker.WorkerContext, "wandb_run_id", lambda self: None)
+    arguments = [a for a in small if a not in ("--wandb", "disabled")]
+    assert inline_cli(*arguments, "--wandb", "online") == 0
+    assert "did not end well (gone with exit code 0); the trial is not touched" in capsys.readouterr().err
+    assert {record["status"] for record in read_all(tmp_path / "results").values()} == {"ok"}
 
 
 @pytest.fixture
