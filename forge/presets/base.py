@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from forge.ema import EMACallback
 from forge.freezing import setup_lp_lora_style
-from forge.presets.accumulation import normalise_over_batch
+from forge.presets.accumulation import check_fused_loss, normalise_over_batch
 from forge.presets.checks import check_choice, check_range, check_types
 from forge.presets.offload import offload_activations, offload_arguments, validated_offload
 from forge.presets.quantisation import is_quantised, prepare_quantised
@@ -147,13 +147,15 @@ class Preset:
                 checked as such; what also steers ``prepare`` or ``callbacks`` belongs into ``get_preset``.
 
         Raises:
-            ValueError: for an argument that must be given to ``get_preset``, or that ``offload`` decides.
+            ValueError: for an argument that must be given to ``get_preset``, or that ``offload`` decides; for Liger's
+                fused loss, which would undo what ``prepare`` does for accumulation.
             RuntimeError: if ``offload`` names something that this machine cannot do.
         """
         here = {name: more.pop(name) for name in list(more) if name in _TRAINING_ONLY}
         if here:
             return replace(self, **here).get_training_args(**more)
         self.validate()
+        check_fused_loss(more)
         arguments = {name: getattr(self, name) for name in _TRAINING_ONLY} | self._method_arguments()
         arguments["bf16"] = self._use_bf16()
         arguments[_CHECKPOINTING] = self.gradient_checkpointing
