@@ -184,7 +184,10 @@ class AdaLoraPreset(LoraPreset):
 
     name: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "low-rank adapters that share a budget of ranks"
-    unavailable: ClassVar[dict[str, str]] = {"lora_r": "AdaLoRA has init_r and target_r instead"}
+    unavailable: ClassVar[dict[str, str]] = {
+        "lora_r": "AdaLoRA has init_r and target_r instead",
+        "freeze_ratio": "AdaLoRA allocates its ranks by the gradients of all adapters",
+    }
 
     learning_rate: float = 5e-4
     """Peak of the schedule."""

@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from forge.ema import EMACallback
 from forge.freezing import setup_lp_lora_style
 from forge.presets.accumulation import check_fused_loss, normalise_over_batch
-from forge.presets.checks import check_choice, check_range, check_types
+from forge.presets.checks import check_choice, check_range, check_types, unknown_option
 from forge.presets.offload import offload_activations, offload_arguments, validated_offload
 from forge.presets.quantisation import is_quantised, prepare_quantised
 
@@ -84,6 +84,9 @@ class Preset:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for option, reason in self.unavailable.items():
+            if getattr(self, option) != type(self).__dataclass_fields__[option].default:
+                raise unknown_option(self.name, option, (), (), reason)
         object.__setattr__(self, "offload", validated_offload(self.offload) or None)
         check_range("learning_rate", self.learning_rate, 0, above=True)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, [kind.value for kind in SchedulerType])
