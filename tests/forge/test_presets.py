@@ -364,6 +364,19 @@ def test_storage_is_checked_against_the_preset() -> None:
         get_preset("qlora").prepare(make_model("llama"))
 
 
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_too_coarse_for_the_steps_are_warned_of(name: str, dtype: torch.dtype) -> None:
+    with pytest.warns(UserWarning, match=rf"which are in {dtype}: .*lost to rounding; load .*dtype=torch\.float32"):
+        get_preset(name).prepare(make_model("llama").to(dtype))
+
+
+def test_no_weights_are_too_coarse_in_fp32_or_frozen(recwarn: pytest.WarningsRecorder) -> None:
+    get_preset("sft").prepare(make_model("llama"))
+    get_preset("lora").prepare(make_model("llama").bfloat16())
+    assert not [w for w in recwarn if "lost to rounding" in str(w.message)]
+
+
 def test_callbacks() -> None:
     assert get_preset("sft").callbacks() == []
     callbacks = get_preset("lora", ema_decay=0.99).callbacks()
