@@ -35,7 +35,13 @@ _TASK_OF_CLASS = {
 
 
 def task_type_of(model: nn.Module) -> str | None:
-    """PEFT's task type by the head of the model; None for heads that PEFT has no name for (masked language models)."""
+    """PEFT's task type by the head of the model.
+
+    None for heads that PEFT has no name for (masked language models), and for models of images and sound: what PEFT
+    makes of a task type calls the model with ``input_ids``.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
     name = type(model).__name__
     if name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"

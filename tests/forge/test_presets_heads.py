@@ -21,6 +21,8 @@ from transformers import (
     SiglipForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from forge import get_preset
@@ -35,6 +37,12 @@ _IMAGES |= {"image_size": 8, "patch_size": 4}
 _BART = {"vocab_size": 60, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
 _BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 _DISTIL = {"vocab_size": 60, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+
+
+def whisper() -> Any:
+    sizes = _BART | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **special))
 
 
 TOKENS = torch.tensor([[5, 6, 7, 2], [8, 9, 4, 2]])
@@ -124,3 +132,13 @@ def test_a_head_whose_name_others_have_too_is_refused() -> None:
         ValueError, match=r"head must end no other module's name, got \['classifier', 'output'\].*'sft'"
     ):
         get_preset("lora").prepare(model)
+
+
+@pytest.mark.parametrize("name", ["lora", "houlsby"])
+def test_adapters_on_a_model_of_sound(name: str) -> None:
+    """PEFT's class for the task SEQ_2_SEQ_LM would call it with ``input_ids``."""
+    model = get_preset(name).prepare(whisper()).train()
+    model(input_features=torch.ones(2, 8, 32), labels=torch.full((2, 4), 5)).loss.backward()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert trainable and all(p.grad is not None for p in trainable)
+    assert task_head(model.get_base_model()) == []
