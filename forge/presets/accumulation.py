@@ -4,25 +4,30 @@
 
 The ``Trainer`` counts N and passes it to the model as ``num_items_in_batch``; models that compute their loss by
 ``self.loss_function`` (Llama, GPT-2 and most decoders) divide by it. Others (BERT, T5 and most older families) accept
-it and ignore it: they return the mean over their micro-batch, and since the Trainer trusts that N was used, it adds
-these means up. With four micro-batches the gradient is about four times too large, and tokens of short micro-batches
-weigh more. ``normalise_over_batch`` repairs that; without accumulation it changes nothing.
+it and ignore it, as does the loss of ``transformers`` for regression and multi-label classification: they return the
+mean over their micro-batch, and since the Trainer trusts that N was used, it adds these means up. With four
+micro-batches the gradient is about four times too large, and tokens of short micro-batches weigh more.
+``normalise_over_batch`` repairs that; without accumulation it changes nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
 
 _COUNT = "num_items_in_batch"
+_FUSED = "fused_linear_cross_entropy"
 
 
 def normalise_over_batch(model: nn.Module) -> None:
     """Make the model's loss the sum over its micro-batch divided by N (equation 1), if its own code does not.
 
-    Whether it does is seen, not guessed: the loss function of the model is watched for N during each forward pass.
+    The loss function of the model is watched during each forward pass: one that is given N is taken to divide by it,
+    but for the squared errors and cross-entropies of ``ForSequenceClassificationLoss``, which never do. A loss that
+    divides by N in the model's own ``forward`` is not seen (``check_fused_loss``).
 
     Args:
         model: wrapped by PEFT or not. Its loss must be a mean over the labels that are not −100.
@@ -35,8 +40,11 @@ def normalise_over_batch(model: nn.Module) -> None:
 
     def watched_loss(*args: Any, **kwargs: Any) -> Any:
         nonlocal used_count
-        used_count |= kwargs.get(_COUNT) is not None
-        return own_loss(*args, **kwargs)
+        loss = own_loss(*args, **kwargs)  # first: it is what names the problem where the config does not
+        used_count |= kwargs.get(_COUNT) is not None and not (
+            own_loss is ForSequenceClassificationLoss and base.config.problem_type != "single_label_classification"
+        )
+        return loss
 
     def before(*_: Any) -> None:
         nonlocal used_count
@@ -52,6 +60,16 @@ def normalise_over_batch(model: nn.Module) -> None:
     base.loss_function = watched_loss
     model.register_forward_pre_hook(before)
     model.register_forward_hook(after, with_kwargs=True)
+
+
+def check_fused_loss(arguments: Mapping[str, Any]) -> None:
+    """Refuse (ValueError) training arguments with which Liger's forward pass would divide by N, beside equation 1."""
+    kernels = arguments.get("liger_kernel_config") or {}
+    if arguments.get("use_liger_kernel") and kernels.get(_FUSED, True):
+        raise ValueError(
+            f"use_liger_kernel must come without its fused loss, which divides by the labels of the step as prepare() "
+            f"does, got liger_kernel_config={arguments.get('liger_kernel_config')!r}; add {_FUSED!r}: False to it"
+        )
 
 
 def _with_loss(output: Any, factor: Tensor) -> Any:

@@ -21,6 +21,7 @@ from forge.adapters import (
 )
 from forge.presets.base import Preset
 from forge.presets.checks import check_choice, check_range
+from forge.presets.heads import task_head
 from forge.presets.quantisation import is_4bit, is_quantised, nf4_config
 from forge.targets import ALL_LINEAR, ATTENTION, ATTENTION_PATTERN, is_transposed, resolve_target_modules
 
@@ -34,7 +35,13 @@ _TASK_OF_CLASS = {
 
 
 def task_type_of(model: nn.Module) -> str | None:
-    """PEFT's task type by the head of the model; None for heads that PEFT has no name for (masked language models)."""
+    """PEFT's task type by the head of the model.
+
+    None for heads that PEFT has no name for (masked language models), and for models of images and sound: what PEFT
+    makes of a task type calls the model with ``input_ids``.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
     name = type(model).__name__
     if name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
@@ -59,6 +66,10 @@ class AdapterPreset(Preset):
 
     def _task_type(self, model: nn.Module | None) -> str | None:
         return self.task_type if self.task_type is not None or model is None else task_type_of(model)
+
+    def _trained_whole(self, model: nn.Module | None) -> list[str] | None:
+        """PEFT's ``modules_to_save``: the new head of the model."""
+        return (None if model is None else task_head(model)) or None
 
     def _add_adapter(self, model: Any) -> Any:
         return get_peft_model(model, self.get_peft_config(model))
@@ -117,7 +128,19 @@ class LoraPreset(AdapterPreset):
             targets = ATTENTION_PATTERN if self.target_modules == ATTENTION else self.target_modules
             return {"target_modules": targets if isinstance(targets, str) else list(targets), "task_type": task_type}
         found = resolve_target_modules(model, self.target_modules)
-        return {"target_modules": found, "task_type": task_type, "fan_in_fan_out": is_transposed(model, found)}
+        return {
+            "target_modules": found,
+            "task_type": task_type,
+            "fan_in_fan_out": is_transposed(model, found),
+            "modules_to_save": self._trained_whole(model),
+        }
+
+    def _trained_whole(self, model: nn.Module | None) -> list[str] | None:
+        """But for what ``target_modules`` names from the top: that has been asked to be adapted."""
+        head = super()._trained_whole(model) or []
+        listed = () if isinstance(self.target_modules, str) else self.target_modules
+        named = {target.partition(".")[0] for target in listed}
+        return [name for name in head if name not in named] or None
 
     def _rank(self) -> int:
         return self.lora_r
@@ -184,7 +207,10 @@ class AdaLoraPreset(LoraPreset):
 
     name: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "low-rank adapters that share a budget of ranks"
-    unavailable: ClassVar[dict[str, str]] = {"lora_r": "AdaLoRA has init_r and target_r instead"}
+    unavailable: ClassVar[dict[str, str]] = {
+        "lora_r": "AdaLoRA has init_r and target_r instead",
+        "freeze_ratio": "AdaLoRA allocates its ranks by the gradients of all adapters",
+    }
 
     learning_rate: float = 5e-4
     """Peak of the schedule."""
@@ -317,7 +343,9 @@ class HoulsbyPreset(AdapterPreset):
 
     def get_peft_config(self, model: nn.Module | None = None) -> PeftConfig:
         """Configuration for ``forge.adapters.add_houlsby_adapters`` and ``peft.get_peft_model``."""
-        return HoulsbyConfig(bottleneck=self.bottleneck, task_type=self._task_type(model))
+        return HoulsbyConfig(
+            bottleneck=self.bottleneck, task_type=self._task_type(model), modules_to_save=self._trained_whole(model)
+        )
 
     def _add_adapter(self, model: Any) -> Any:
         config: Any = self.get_peft_config(model)

@@ -18,14 +18,17 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from forge.ema import EMACallback
 from forge.freezing import setup_lp_lora_style
-from forge.presets.accumulation import normalise_over_batch
-from forge.presets.checks import check_choice, check_range, check_types
+from forge.presets.accumulation import check_fused_loss, normalise_over_batch
+from forge.presets.checks import check_choice, check_range, check_types, unknown_option
 from forge.presets.offload import offload_activations, offload_arguments, validated_offload
 from forge.presets.quantisation import is_quantised, prepare_quantised
 
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
 _CHECKPOINTING = next(name for name in _NAMES if hasattr(TrainingArguments, name))
 """What this version of transformers calls it; the older name is deprecated where the newer one exists."""
+
+_COARSE = (torch.bfloat16, torch.float16)
+"""Half a unit in the last place of a weight of 0.02 is 6e-5 in bf16, 8e-6 in fp16: smaller steps leave it as it is."""
 
 _MARK = "forge_preset"
 """Attribute that a prepared model carries: the name of its preset."""
@@ -84,6 +87,9 @@ class Preset:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for option, reason in self.unavailable.items():
+            if getattr(self, option) != type(self).__dataclass_fields__[option].default:
+                raise unknown_option(self.name, option, (), (), reason)
         object.__setattr__(self, "offload", validated_offload(self.offload) or None)
         check_range("learning_rate", self.learning_rate, 0, above=True)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, [kind.value for kind in SchedulerType])
@@ -147,13 +153,15 @@ class Preset:
                 checked as such; what also steers ``prepare`` or ``callbacks`` belongs into ``get_preset``.
 
         Raises:
-            ValueError: for an argument that must be given to ``get_preset``, or that ``offload`` decides.
+            ValueError: for an argument that must be given to ``get_preset``, or that ``offload`` decides; for Liger's
+                fused loss, which would undo what ``prepare`` does for accumulation.
             RuntimeError: if ``offload`` names something that this machine cannot do.
         """
         here = {name: more.pop(name) for name in list(more) if name in _TRAINING_ONLY}
         if here:
             return replace(self, **here).get_training_args(**more)
         self.validate()
+        check_fused_loss(more)
         arguments = {name: getattr(self, name) for name in _TRAINING_ONLY} | self._method_arguments()
         arguments["bf16"] = self._use_bf16()
         arguments[_CHECKPOINTING] = self.gradient_checkpointing
@@ -188,6 +196,9 @@ class Preset:
         Raises:
             TypeError: if this is no ``PreTrainedModel``.
             ValueError: if the model is prepared or has adapters already, or is (not) quantised against the preset.
+
+        Warns:
+            UserWarning: if weights that train themselves, without adapters, are in 16 bits: small steps vanish there.
         """
         self._check_model(model)
         model.config.use_cache = False
@@ -239,6 +250,15 @@ class Preset:
             raise ValueError(
                 f"{self.name!r} trains the weights, which must not be quantised, got a quantised "
                 f"{type(model).__name__}; load it without quantization_config, or use 'qlora'"
+            )
+        coarse = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in _COARSE}
+        if coarse:
+            warn(
+                f"preset {self.name!r} trains the weights, which are in {', '.join(sorted(coarse))}: many of "
+                f"AdamW's steps at learning_rate={self.learning_rate:g} are lost to rounding; load the model with "
+                "dtype=torch.float32 (bf16 autocast stays as it is)",
+                UserWarning,
+                stacklevel=4,
             )
 
     def _findings(self) -> list[str]:

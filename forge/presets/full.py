@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from forge.presets.base import Preset
 from forge.presets.checks import check_range
+from forge.presets.quantisation import is_quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,13 @@ class ClassicPreset(Preset):
     """No autocast: fp32 throughout."""
 
     def _check_storage(self, model: PreTrainedModel) -> None:
-        super()._check_storage(model)
         other = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
-        if other:
+        if other and not is_quantised(model):
             raise ValueError(
                 f"'classic' trains in fp32, got weights in {', '.join(sorted(other))}; "
                 "load the model with dtype=torch.float32"
             )
+        super()._check_storage(model)
 
     def _findings(self) -> list[str]:
         findings = super()._findings()

@@ -71,6 +71,7 @@ class PrefixTuningPreset(_PrefixPreset):
         """PEFT's configuration of prefix tuning with reparametrisation."""
         return PrefixTuningConfig(
             task_type=self._task(model),
+            modules_to_save=self._trained_whole(model),
             num_virtual_tokens=self.num_virtual_tokens,
             prefix_projection=True,
             encoder_hidden_size=self.encoder_hidden_size,
@@ -89,7 +90,11 @@ class PTuningV2Preset(_PrefixPreset):
 
     def get_peft_config(self, model: nn.Module | None = None) -> PeftConfig:
         """PEFT's configuration of prefix tuning without reparametrisation."""
-        return PrefixTuningConfig(task_type=self._task(model), num_virtual_tokens=self.num_virtual_tokens)
+        return PrefixTuningConfig(
+            task_type=self._task(model),
+            modules_to_save=self._trained_whole(model),
+            num_virtual_tokens=self.num_virtual_tokens,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,7 @@ class PTuningPreset(PromptPreset):
         """PEFT's configuration of P-tuning."""
         return PromptEncoderConfig(
             task_type=self._task(model),
+            modules_to_save=self._trained_whole(model),
             num_virtual_tokens=self.num_virtual_tokens,
             encoder_hidden_size=self.encoder_hidden_size,
         )
@@ -132,6 +138,7 @@ class PromptTuningPreset(PromptPreset):
         """PEFT's configuration of prompt tuning; the vectors begin as randomly drawn words."""
         return PromptTuningConfig(
             task_type=self._task(model),
+            modules_to_save=self._trained_whole(model),
             num_virtual_tokens=self.num_virtual_tokens,
             prompt_tuning_init="SAMPLE_VOCAB",
         )

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-_TASK_HEADS = ("classifier", "score", "qa_outputs")
-"""What PEFT trains whole for its task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS."""
+from forge.presets.heads import task_head
 
 
 def nf4_config(*, double_quant: bool) -> BitsAndBytesConfig:
@@ -48,9 +47,9 @@ def prepare_quantised(model: Any) -> Any:
     """Freeze the weights, bring norms and embeddings to fp32, and keep what bitsandbytes and PEFT do apart.
 
     On a CPU, bitsandbytes 0.50 repacks 4-bit weights at the first evaluation for a kernel without a backward pass:
-    whatever is trained after that gets wrong gradients, silently. Its switch for that kernel is turned off. A task
-    head, which PEFT trains whole, is made an ordinary layer again where it has been quantised. Biases get the compute
-    dtype now, which the first forward pass would give them: what is frozen then stays bitwise as it is.
+    whatever is trained after that gets wrong gradients, silently. Its switch for that kernel is turned off. The
+    layers of a task head, which trains whole, are made ordinary ones again where they have been quantised. Biases get
+    the compute dtype now, which the first forward pass would give them: what is frozen then stays bitwise as it is.
 
     Warns:
         UserWarning: on a CPU, if the rows of a weight are not whole blocks: bitsandbytes 0.50 reads them wrongly.
@@ -58,13 +57,14 @@ def prepare_quantised(model: Any) -> Any:
     from bitsandbytes.nn.modules import Linear4bit
     from peft import prepare_model_for_kbit_training
 
+    head = tuple(f"{name}." for name in task_head(model))
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
     for name, module in [*model.named_modules()]:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if not isinstance(module, Linear4bit):
             continue
-        if name.rpartition(".")[2] in _TASK_HEADS:
+        if f"{name}.".startswith(head):
             model.set_submodule(name, _dequantised(module))
         elif module.bias is not None:
             module.bias.data = module.bias.data.to(module.compute_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +184,7 @@ def test_every_option_has_a_docstring_and_a_doc_entry(name: str) -> None:
         ("sft", {"lora_r": 8}, r"got 'lora_r' for 'sft', which would ignore it; it belongs to lora, .*qlora"),
         ("lora", {"beta": 0.1}, r"which would ignore it; it belongs to dpo"),
         ("adalora", {"lora_r": 8}, r"AdaLoRA has init_r and target_r instead; leave it out"),
+        ("adalora", {"freeze_ratio": 0.5}, r"allocates its ranks by the gradients of all adapters; leave it out"),
         ("prefix-tuning", {"freeze_ratio": 0.5}, r"the layers of the model do not train anyway"),
         ("p-tuning-v2", {"gradient_checkpointing": True}, r"PEFT cannot recompute"),
         ("sft", {"warmup_ratio": 0.1}, r"use warmup_steps: below 1 it is a share of the run"),
@@ -219,6 +220,12 @@ def test_every_option_has_a_docstring_and_a_doc_entry(name: str) -> None:
 def test_bad_options(name: str, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_preset(name, **overrides)
+
+
+def test_an_option_that_is_refused_stays_so_after_a_replacement() -> None:
+    for name, option in (("adalora", {"freeze_ratio": 0.5}), ("prefix-tuning", {"gradient_checkpointing": True})):
+        with pytest.raises(ValueError, match=f"'{next(iter(option))}' for '{name}': .*; leave it out"):
+            replace(get_preset(name), **option)  # type: ignore[arg-type]
 
 
 def test_both_ends_of_a_range_belong_to_it() -> None:
@@ -355,6 +362,19 @@ def test_storage_is_checked_against_the_preset() -> None:
         get_preset("classic").prepare(make_model("llama").bfloat16())
     with pytest.raises(ValueError, match=r"'qlora' needs 4-bit weights, got LlamaForCausalLM in torch\.float32; load"):
         get_preset("qlora").prepare(make_model("llama"))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_too_coarse_for_the_steps_are_warned_of(name: str, dtype: torch.dtype) -> None:
+    with pytest.warns(UserWarning, match=rf"which are in {dtype}: .*lost to rounding; load .*dtype=torch\.float32"):
+        get_preset(name).prepare(make_model("llama").to(dtype))
+
+
+def test_no_weights_are_too_coarse_in_fp32_or_frozen(recwarn: pytest.WarningsRecorder) -> None:
+    get_preset("sft").prepare(make_model("llama"))
+    get_preset("lora").prepare(make_model("llama").bfloat16())
+    assert not [w for w in recwarn if "lost to rounding" in str(w.message)]
 
 
 def test_callbacks() -> None:

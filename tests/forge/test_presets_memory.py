@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, set_seed
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, ViTConfig, ViTForImageClassification, set_seed
 
 from forge import get_preset
 from forge.presets.offload import offload_arguments
@@ -69,6 +69,35 @@ def test_accumulation_counts_the_labels_that_are_left_after_the_shift(
     torch.testing.assert_close(full, gradient("llama", tmp_path, per_device_train_batch_size=4))
     parts = gradient("forgetful", tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     torch.testing.assert_close(parts, full, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_accumulation_of_losses_that_are_given_the_number_of_labels_and_ignore_it(
+    labels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Squared errors of one label, binary cross-entropies of several: the config need not name the problem."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(image_size=8, patch_size=4, num_labels=labels, **sizes)
+    monkeypatch.setitem(FAMILIES, "vit", lambda: ViTForImageClassification(config))
+    drawn = torch.Generator().manual_seed(0)
+    examples = [
+        {"pixel_values": torch.randn(3, 8, 8, generator=drawn), "labels": torch.rand(labels, generator=drawn)}
+        for _ in range(4)
+    ]
+    full = gradient("vit", tmp_path, examples=examples, per_device_train_batch_size=4)
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert full.norm() > 1e-3
+    torch.testing.assert_close(gradient("vit", tmp_path, examples=examples, **parts), full, rtol=0, atol=1e-6)
+
+
+def test_the_fused_loss_of_liger_is_refused() -> None:
+    """Its forward divides by the number of labels itself, past the loss function that ``prepare`` watches."""
+    preset = get_preset("lora", gradient_accumulation_steps=4)
+    for config in ({}, {"liger_kernel_config": {"rope": True}}):
+        with pytest.raises(ValueError, match=r"use_liger_kernel must come without its fused loss.*add 'fused_linear"):
+            preset.get_training_args(use_liger_kernel=True, **config)
+    kernels = {"fused_linear_cross_entropy": False}
+    assert preset.get_training_args(use_liger_kernel=True, liger_kernel_config=kernels).use_liger_kernel
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])

@@ -14,10 +14,14 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     Trainer,
     set_seed,
 )
@@ -28,6 +32,14 @@ from tests.forge.presets_models import make_examples, make_model
 from tests.forge.tensors import names_moved, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 40,
+}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +140,26 @@ def test_a_head_that_the_checkpoint_lacks_is_trained_as_it_was_drawn(tmp_path: P
     prepared = preset.prepare(model)
     (head,) = (p for name, p in prepared.named_parameters() if "score.modules_to_save" in name)
     assert drawn.std() > 0 and torch.equal(head, drawn) and head.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "head"),
+    [
+        (RobertaForSequenceClassification, RobertaConfig(intermediate_size=64, **_SMALL), 2),
+        (DistilBertForSequenceClassification, DistilBertConfig(hidden_dim=64, **_SMALL), 2),
+    ],
+    ids=["RoBERTa", "DistilBERT"],
+)
+def test_every_layer_of_a_head_is_an_ordinary_one(model_class: Any, config: Any, head: int, tmp_path: Path) -> None:
+    """RoBERTa's is a module of two, DistilBERT has two modules."""
+    model_class(config).save_pretrained(tmp_path)
+    preset = get_preset("qlora")
+    model = model_class.from_pretrained(tmp_path, quantization_config=preset.get_bnb_config(), device_map="cpu")
+    model = preset.prepare(model).train()
+    model(input_ids=torch.arange(4, 20)[None], labels=torch.tensor([1])).loss.backward()
+    weights = [p for n, p in model.named_parameters() if "modules_to_save" in n and n.endswith("weight")]
+    assert len(weights) == head
+    assert all(p.is_floating_point() and p.grad is not None for p in weights)
 
 
 def test_the_flow_of_seed_001(folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from forge.presets.checks import check_choice
 
 Attention = Literal["sdpa", "eager"]
 
+_OF_NO_EFFECT = {"adalora": {"total_step": 1000}}
+"""Options that a preset needs and the memory of a step does not depend on."""
+
 
 def profile_training_memory(
     model_or_config: nn.Module | PreTrainedConfig,
@@ -157,7 +160,7 @@ def _recipe(
         return None
     if not isinstance(preset, str | Preset):
         raise ValueError(f"preset must be a name or a Preset, got {type(preset).__name__}; see forge.get_preset")
-    recipe = get_preset(preset) if isinstance(preset, str) else preset
+    recipe = get_preset(preset, **_OF_NO_EFFECT.get(preset, {})) if isinstance(preset, str) else preset
     if recipe.name == "dpo":
         raise ValueError("preset must train with transformers.Trainer, got 'dpo', whose step is that of TRL; use 'sft'")
     if recipe.offload is not None:

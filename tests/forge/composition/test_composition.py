@@ -94,12 +94,6 @@ def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], bool, str]] = {
     "full training of 4-bit weights": ("sft", {}, True, "must not be quantised, got a quantised"),
     "QLoRA on weights that are not quantised": ("qlora", {}, False, "'qlora' needs 4-bit weights, got"),
-    "AdaLoRA with frozen layers": (
-        "adalora",
-        {"total_step": 100, "freeze_ratio": 0.5},
-        False,
-        "every adapter must train under AdaLoRA",
-    ),
 }
 """Combination → preset, its options, whether the weights are in 4 bits, and what the error says."""
 
@@ -116,7 +110,8 @@ def test_what_cannot_work_says_so(
 
 
 @pytest.mark.parametrize(
-    ("preset", "option"), [("prompt-tuning", "freeze_ratio"), ("prefix-tuning", "gradient_checkpointing")]
+    ("preset", "option"),
+    [("adalora", "freeze_ratio"), ("prompt-tuning", "freeze_ratio"), ("prefix-tuning", "gradient_checkpointing")],
 )
 def test_an_option_that_a_preset_could_only_ignore_is_refused(preset: str, option: str) -> None:
     with pytest.raises(ValueError, match=f"'{option}' for '{preset}': "):

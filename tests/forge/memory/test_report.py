@@ -85,6 +85,21 @@ def test_qlora_from_a_config_is_qlora_from_weights(tmp_path: Path) -> None:
     assert report.parameters_bytes == measured(real, tmp_path, activation_checkpointing=True).parameters_bytes
 
 
+def test_adalora_by_name_needs_no_length_of_the_run() -> None:
+    """The memory of a step does not depend on it."""
+    expected = predicted(llama_config(), preset=get_preset("adalora", total_step=50))
+    assert predicted(llama_config(), preset="adalora") == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "option"),
+    [("adalora", {"freeze_ratio": 0.5}), ("prefix-tuning", {"gradient_checkpointing": True})],
+)
+def test_what_a_preset_refuses_is_refused_beside_it_too(preset: str, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"'{next(iter(option))}' for '{preset}': "):
+        predicted(llama_config(), preset=preset, **option)
+
+
 def test_freezing_without_a_preset() -> None:
     assert predicted(llama_config(), freeze_ratio=0.5) == predicted(half_frozen(llama()))
 
