@@ -338,7 +338,10 @@ def test_wrong_runs(change, message):
         ({"seeds": 0}, r"seeds must be in \[1, 9995\], got 0"),
         ({"cost_seeds": 10_000}, r"cost_seeds must be in \[1, 9995\], got 10000"),
         ({"common_rates": 6}, "common rates must be at least 1 and at most the 5 tuning runs, got 6"),
-        ({"lowest_rate": 0.1}, "learning rates must be an interval"),
+        (
+            {"classification": dataclasses.replace(SCALES["cpu"].classification, lowest_rate=0.1)},
+            "learning rates must be an interval",
+        ),
     ],
 )
 def test_wrong_settings(change, message):
