@@ -30,7 +30,7 @@ def observe_costs(
     rounds: int,
     context: TrialContext,
 ) -> None:
-    """Add, for every method at its middle size, the memory of a real step by component, and the time of a step.
+    """Add, for every method at its middle size, the memory of a real step (by component, predicted too) and its time.
 
     Args:
         into: gets the observations, with the method as their condition.
@@ -56,8 +56,7 @@ def observe_costs(
         context.report(done, len(methods) + 1, phase=f"memory of {name}")
         own = dataclasses.replace(run, **METHODS[name].recipe)
         with_method = dataclasses.replace(ingredients, model=model_of(name))
-        # Not predicted: the prediction cannot copy models with learned prompts, whose tokens PEFT keeps in a dict.
-        observe_memory(into, own, with_method, seed, context.work_dir / name, predict=False, method=name)
+        observe_memory(into, own, with_method, seed, context.work_dir / name, method=name)
         into.observations.append(Observation.of(BASE_PARAMS, base_params, MEASURED_STEP, method=name))
         del with_method
         if torch.cuda.is_available():

@@ -55,7 +55,7 @@ from experiments.harness.tuning import (
     FIRST_TUNING_SEED,
     RANK_BUDGET,
     RANK_SUM,
-    RATE_SPREAD,
+    RATE_MEAN,
     REACHED,
     SAVED,
     SECONDS_TO_TARGET,
@@ -64,7 +64,7 @@ from experiments.harness.tuning import (
     Space,
     TuningRun,
     best_of,
-    spread_over_rates,
+    mean_over_rates,
     tune,
 )
 from forge.memory import MeasureMemory
@@ -210,7 +210,7 @@ def _observe_tuning(into: Measurements, subject: Subject, runs: list[TuningRun])
         _observe_validation(into, subject, each.figures, "tuning", steps, **at)
     figures = {DIVERGED_RUNS: float(sum(not math.isfinite(each.score) for each in runs))}
     if subject.classifies:
-        figures[RATE_SPREAD] = spread_over_rates(runs, ACCURACY.name)
+        figures[RATE_MEAN] = mean_over_rates(runs, ACCURACY.name)
     into.observations += [Observation.of(metric, value, steps, arm="tuning") for metric, value in figures.items()]
 
 

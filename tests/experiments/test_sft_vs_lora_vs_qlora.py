@@ -291,7 +291,7 @@ def test_nearest_prototypes_learn_what_a_token_says(subjects):
 
 def test_plan():
     plan = trials(SCALES["cpu"], "cpu")
-    assert len({spec.trial_id for spec in plan}) == len(plan) == 5 * (2 + 3 + 2 + 12) + 3 * 2
+    assert len({spec.trial_id for spec in plan}) == len(plan) == 8 * (2 + 3 + 2 + 12) + 10 * 2
     quality = [spec for spec in plan if spec.factors["measure"] == "quality"]
     for task, methods in ((LM, {"sft", "lora", "qlora"}), (SENTIMENT, set(METHODS))):
         assert {s.factors["method"] for s in quality if s.factors["track"] == task} == methods | {ZERO_SHOT, FEW_SHOT}
@@ -335,10 +335,13 @@ def test_wrong_runs(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seeds": 0}, "seeds must be at least 1 and below 10000, got 0"),
-        ({"cost_seeds": 10_000}, "cost_seeds must be at least 1 and below 10000, got 10000"),
+        ({"seeds": 0}, r"seeds must be in \[1, 9995\], got 0"),
+        ({"cost_seeds": 10_000}, r"cost_seeds must be in \[1, 9995\], got 10000"),
         ({"common_rates": 6}, "common rates must be at least 1 and at most the 5 tuning runs, got 6"),
-        ({"lowest_rate": 0.1}, "learning rates must be an interval"),
+        (
+            {"classification": dataclasses.replace(SCALES["cpu"].classification, lowest_rate=0.1)},
+            "learning rates must be an interval",
+        ),
     ],
 )
 def test_wrong_settings(change, message):
