@@ -232,8 +232,8 @@ SCALES = {
 
 COST = {
     "smoke": "about 1 min on 2 cores, no download",
-    "laptop": "about 25 min on 2 cores with --workers 2",
-    "cpu": "planned for 7 core-h (--workers 2 on 2 cores: 3 h 30 min); not yet measured",
+    "laptop": "planned for 15 min on 2 cores with --workers 2; not yet measured",
+    "cpu": "about 4.7 core-h (--workers 2 on 2 cores: 2 h 20 min)",
     "gpu": "planned for 3 days on one 80 GB GPU; not yet measured",
     "paper": "planned for a day on one 80 GB GPU; not yet measured",
 }
