@@ -97,7 +97,7 @@ class EMACallback(TrainerCallback):
             if self._ema is not None and self._ema._backup is not None:
                 raise RuntimeError("averaged weights are applied to another model; call restore() first")
             state = self.get_ema_state()
-            ema = self._new(model, self._names_in(state))
+            ema = self._new(model, _names_in(state))
             ema.load_state_dict(state)
             self._ema = ema
         return self._ema
@@ -106,9 +106,6 @@ class EMACallback(TrainerCallback):
         options = self._options if names is None else {**self._options, "names": names}
         return self._model_class(model, self.decays, **options)
 
-    def _names_in(self, state: Mapping[str, Any]) -> Collection[str]:
-        return list(state["averages"][decay_label(self.decays[0])])
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Start from θ(0), or from the checkpoint that training resumes from."""
         self._ema = self._new(kw["model"])
@@ -116,7 +113,7 @@ class EMACallback(TrainerCallback):
             if self._loaded is None or self._loaded["step"] != state.global_step:
                 folder = trainer_call("resume_from_checkpoint")["resume_from_checkpoint"]
                 self._loaded = _load_checkpoint(Path(folder) / self._state_file, state.global_step)
-            saved = self._names_in(self._loaded)
+            saved = _names_in(self._loaded)
             if self._ema.averages(self.decays[0]).keys() < set(saved):  # WeightLoRA has frozen some since
                 self._ema = self._new(kw["model"], saved)
             self._ema.load_state_dict(self._loaded)
@@ -158,6 +155,11 @@ class EMACallback(TrainerCallback):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.barrier()  # the first process may still be writing
             self.ema.load_state_dict(_load_checkpoint(Path(state.best_model_checkpoint) / self._state_file))
+
+
+def _names_in(state: Mapping[str, Any]) -> Collection[str]:
+    """Names of the parameters that a state holds averages of."""
+    return list(next(iter(state["averages"].values())))
 
 
 def _load_checkpoint(path: Path, step: int | None = None) -> dict[str, Any]:

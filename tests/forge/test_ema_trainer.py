@@ -319,12 +319,15 @@ def test_averages_are_applied_to_a_model_in_which_more_trains(tmp_path: Path) ->
     assert "transformer.wte.weight" not in ema.ema.averages()
 
 
-def test_averages_of_another_step_in_a_checkpoint_are_refused(tmp_path: Path) -> None:
+def test_averages_of_another_step_or_decay_in_a_checkpoint_are_refused(tmp_path: Path) -> None:
     first = EMACallback(0.9)
     make_trainer(tmp_path, first, Interrupt(3)).train()
     save_ema_file(first.get_ema_state() | {"step": 7}, tmp_path / "checkpoint-3" / STATE_FILE)
     with pytest.raises(ValueError, match=r"must be of step 3, got step 7; use an unmixed checkpoint"):
         make_trainer(tmp_path, EMACallback(0.9)).train(resume_from_checkpoint=True)
+    save_ema_file(first.get_ema_state(), tmp_path / "checkpoint-3" / STATE_FILE)
+    with pytest.raises(ValueError, match=r"the saved EMA follows decays \[0\.9\], this one \[0\.5\]"):
+        make_trainer(tmp_path, EMACallback(0.5)).train(resume_from_checkpoint=True)
 
 
 def test_parameters_that_were_frozen_since_are_averaged_on(tmp_path: Path) -> None:
