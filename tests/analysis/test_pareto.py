@@ -13,8 +13,10 @@ from analysis.figures import to_png, write_figures
 from analysis.load import Campaign, load_campaigns
 from analysis.pareto import draw_pareto, front
 from experiments.harness.record import write_record
+from experiments.sft_vs_lora_vs_qlora import EXPERIMENT
 
-NAME, TRACK = "sft_vs_lora_vs_qlora", {"track": "language_modelling"}
+NAME, TRACK = EXPERIMENT.name, {"track": "language_modelling"}
+CURRENT = {"experiment": NAME, "version": EXPERIMENT.version}
 LOSSES = {"zero-shot": 3.0, "sft": 2.0, "lora": 2.2, "qlora": 2.3}
 MEGABYTES = {"sft": 400.0, "lora": 200.0, "qlora": 250.0}
 
@@ -29,14 +31,14 @@ def campaign_of(folder: Path, make_record: Any, *, cost: bool = True) -> Campaig
                 sizes = {"saved_bytes": 1e6 * MEGABYTES[method] / 10, "peak_memory_bytes": 1.0}
                 rows += [{**at, "metric": name, "unit": "bytes", "value": size} for name, size in sizes.items()]
             factors = {"measure": "quality", **TRACK, "method": method}
-            plan.append(make_record(experiment=NAME, seed=seed, factors=factors, observations=rows))
+            plan.append(make_record(**CURRENT, seed=seed, factors=factors, observations=rows))
     if cost:
         rows = [
             {"metric": metric, "unit": "1", "value": value * 1e6, "method": method}
             for method, value in MEGABYTES.items()
             for metric in ("peak_memory_bytes", "step_time_sec")
         ]
-        plan.append(make_record(experiment=NAME, factors={"measure": "cost", **TRACK}, observations=rows))
+        plan.append(make_record(**CURRENT, factors={"measure": "cost", **TRACK}, observations=rows))
     for record in plan:
         write_record(folder, record)
     ((campaign,), _) = load_campaigns(folder)
