@@ -36,9 +36,9 @@ def draw_rates(campaign: Campaign) -> Figure:
     rows = campaign.observations
     rates = select(rows, {"track": "rates", "metric": "squared_error", **WORLD})
     decays = select(rows, {"track": "decays", "metric": "excess_loss", **WORLD})
-    figure = Figure(figsize=(14, 8.2), layout="constrained")
     if rates["schedule"].nunique() < 4:
         raise CannotEstimate("the figure of rates needs trials of every schedule; run the rest")
+    figure = Figure(figsize=(14, 8.2), layout="constrained")
     upper, lower = figure.subplots(2, 4, sharey="row")
     for axis, (schedule, of_schedule) in zip(upper, rates.groupby("schedule", sort=False), strict=True):
         _rates_panel(axis, of_schedule)
